@@ -1,0 +1,34 @@
+//! The pure core of `scls_router`: which worker a request goes to, and what runs together and when.
+//!
+//! No I/O, no clock, no threads, no unseeded randomness: times and seeds are arguments, so the server, the Python
+//! module and the simulator run the very same objects. Start reading at [`Scheduler::handle`].
+
+mod block;
+mod cost;
+mod decision;
+mod event;
+mod fleet;
+mod ids;
+mod index;
+mod plan;
+mod policy;
+mod pool;
+mod row;
+mod scheduler;
+mod units;
+
+pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
+pub use decision::Decision;
+pub use event::{
+    Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart, RowTokens,
+    SliceReport, WorkerMessage,
+};
+pub use fleet::WorkerLoad;
+pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
+pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
+pub use policy::{
+    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose,
+};
+pub use pool::{Mismatch, ModelSpec, WorkerSpec};
+pub use scheduler::{Config, Scheduler};
+pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};

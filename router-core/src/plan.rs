@@ -1,0 +1,84 @@
+//! The batch a worker runs next: oldest rows first, packed to the exact ceiling of memory.
+//!
+//! A plan is made while its base still runs, so a row of the base counts with the most tokens it can have at the
+//! base's end. Whatever then happens (eos, cut, backpressure) the batch needs no more than its ceiling.
+
+use hashbrown::{HashMap, HashSet};
+
+use crate::event::{Keep, Plan, RowStart};
+use crate::fleet::{Batch, Member, Worker};
+use crate::ids::RowId;
+use crate::row::Row;
+use crate::units::{Blocks, Tokens};
+
+/// Blocks a row can need in a slice of `steps` iterations that it enters with at most `tokens` tokens of the `total`
+/// it may reach. The last token drawn is not computed before the next step, so its KV needs no place yet.
+pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: crate::units::BlockSize) -> Blocks {
+    (tokens + steps).min(total).saturating_sub(Tokens(1)).blocks(size)
+}
+
+/// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan.
+pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u32) -> Option<(Batch, Plan)> {
+    let steps = Tokens(u64::from(slice_len));
+    let size = worker.spec.model.block_size;
+    let most = worker.cap.unwrap_or(usize::MAX).min(worker.spec.max_rows as usize);
+
+    let mut members = Vec::new();
+    let mut used = Blocks::ZERO;
+    let mut full = false;
+    let mut leave = Vec::new();
+    for row in worker.rows.values().filter_map(|id| rows.get(id)) {
+        let running = worker.runs(row.key());
+        let tokens = running.map_or_else(|| row.tokens(), |member| (member.tokens + steps).min(row.total()));
+        // Drew a token already and reaches its limit in this slice at the latest: no place is kept for it. Should the
+        // slice end early after all, it is held and planned again.
+        let ends = running.is_some() && !row.output.is_empty() && tokens == row.total();
+        let need = used + ceiling(tokens, steps, row.total(), size);
+        // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
+        full |= !ends && (members.len() == most || need > worker.spec.blocks);
+        if ends || full {
+            leave.extend(running.map(|_| row.key()));
+            continue;
+        }
+        used = need;
+        members.push(Member { key: row.key(), tokens });
+    }
+
+    let base = worker.running.as_ref().map_or(worker.last_ended, |batch| batch.no);
+    if members.is_empty() {
+        // Nothing to run next. A plan that stands would run rows that are gone or moved: their Drop emptied it.
+        return None;
+    }
+    if let Some(standing) = worker.sent.last() {
+        let same = standing.members.iter().map(|m| m.key).eq(members.iter().map(|m| m.key));
+        if same && standing.base == base {
+            return None;
+        }
+    }
+
+    let row = |member: &Member| &rows[&member.key.row];
+    let known = |member: &&Member| row(member).home().is_some_and(|home| home.known);
+    let add: Vec<RowStart> = members.iter().filter(|m| !known(m)).map(|m| start(row(m))).collect();
+    let kept: Vec<_> = members.iter().filter(known).map(|m| m.key).collect();
+    let survivors = worker.running.is_some() && kept.iter().all(|key| worker.runs(*key).is_some());
+    let keep = if survivors { Keep::Survivors } else { Keep::List(kept) };
+    let chosen: HashSet<_> = members.iter().map(|m| m.key).collect();
+    debug_assert!(leave.iter().all(|key| !chosen.contains(key)));
+    let ranks = leave.iter().map(|key| (*key, rows[&key.row].hold_rank())).collect();
+    let no = worker.next_plan();
+    let added = add.iter().map(|start| start.key).collect();
+    let plan = Plan { no, base, keep, leave, add, steps: slice_len, ceiling: used, ranks };
+    Some((Batch { no, base, members, added, ceiling: used }, plan))
+}
+
+fn start(row: &Row) -> RowStart {
+    RowStart {
+        key: row.key(),
+        slice_no: row.slices,
+        root: row.root,
+        prompt: row.prompt.clone(),
+        output: row.output.clone(),
+        max_tokens: row.max_tokens,
+        hold_rank: row.hold_rank(),
+    }
+}

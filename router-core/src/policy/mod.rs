@@ -1,0 +1,210 @@
+//! Which worker a row goes to. A policy sees an immutable view of the candidates and gives each a score; the smallest
+//! wins. It holds no index and no network, and the same view gives the same answer everywhere.
+
+mod baseline;
+mod product;
+
+use std::cmp::Reverse;
+use std::fmt;
+use std::str::FromStr;
+
+pub use baseline::{LeastRequests, Random, RoundRobin};
+pub use product::Product;
+
+use crate::ids::WorkerId;
+use crate::units::{Blocks, Micros, Tokens};
+
+/// A worker that could take the row, as the router sees it at the decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The worker.
+    pub worker: WorkerId,
+    /// `u`: tokens it would have to prefill for this row, at least 1.
+    pub new_tokens: Tokens,
+    /// `Q`: prefill tokens assigned to it and not computed yet.
+    pub queued: Tokens,
+    /// `b`: rows assigned to it and not finished.
+    pub batch_size: u64,
+    /// `W`: committed work.
+    pub work: Micros,
+    /// Blocks that neither running nor held rows have.
+    pub free: Blocks,
+}
+
+/// What a policy sees.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    /// At least one candidate, in order of worker.
+    pub candidates: &'a [Candidate],
+    /// Decisions made before this one: rotates ties and turns.
+    pub turn: u64,
+}
+
+/// Gives each candidate a score; the smallest wins.
+pub trait Policy: Send {
+    /// Its name on the command line and in records.
+    fn name(&self) -> PolicyName;
+    /// The score of `view.candidates[at]`.
+    fn score(&self, view: View<'_>, at: usize) -> u128;
+}
+
+/// The index of the winner: least score, then least work, then most free blocks, then the first from a start that
+/// rotates with the turn (a fixed start would pile ties up on the first worker). `None` without candidates.
+pub fn choose(policy: &dyn Policy, view: View<'_>, scores: &mut Vec<u128>) -> Option<usize> {
+    scores.clear();
+    scores.extend((0..view.candidates.len()).map(|at| policy.score(view, at)));
+    (0..view.candidates.len()).min_by_key(|&at| {
+        let c = &view.candidates[at];
+        (scores[at], c.work, Reverse(c.free), from_turn(view, view.turn, at))
+    })
+}
+
+/// Place of `at` when counting starts at `turn`.
+fn from_turn(view: View<'_>, turn: u64, at: usize) -> u64 {
+    let n = view.candidates.len() as u64;
+    (at as u64 + n - turn % n) % n
+}
+
+/// The policies of the core by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PolicyName {
+    /// `(Q + u) * (b + 1)`.
+    Product,
+    /// In turn.
+    RoundRobin,
+    /// Uniform.
+    Random,
+    /// Least `b`.
+    LeastRequests,
+}
+
+impl PolicyName {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Product, Self::RoundRobin, Self::Random, Self::LeastRequests];
+
+    /// The policy; `seed` is used by `random` alone.
+    pub fn policy(self, seed: u64) -> Box<dyn Policy> {
+        match self {
+            Self::Product => Box::new(Product),
+            Self::RoundRobin => Box::new(RoundRobin),
+            Self::Random => Box::new(Random { seed }),
+            Self::LeastRequests => Box::new(LeastRequests),
+        }
+    }
+
+    /// The name as written.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Product => "product",
+            Self::RoundRobin => "round_robin",
+            Self::Random => "random",
+            Self::LeastRequests => "least_requests",
+        }
+    }
+}
+
+impl fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// There is no policy of this name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no such policy: {0}\npolicies: product, round_robin, random, least_requests")]
+pub struct UnknownPolicy(String);
+
+impl FromStr for PolicyName {
+    type Err = UnknownPolicy;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPolicy> {
+        Self::ALL.into_iter().find(|p| p.as_str() == name).ok_or_else(|| UnknownPolicy(name.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn candidate(worker: u32, new: u64, queued: u64, batch: u64) -> Candidate {
+        Candidate {
+            worker: WorkerId(worker),
+            new_tokens: Tokens(new),
+            queued: Tokens(queued),
+            batch_size: batch,
+            work: Micros(0),
+            free: Blocks(0),
+        }
+    }
+
+    fn winner(name: PolicyName, candidates: &[Candidate], turn: u64) -> usize {
+        choose(&*name.policy(9), View { candidates, turn }, &mut Vec::new()).expect("candidates")
+    }
+
+    /// (new, queued, batch) of each candidate, and who wins under each policy at turn 0.
+    #[test]
+    fn one_table_for_all() {
+        let table: &[(&[(u64, u64, u64)], usize, usize)] = &[
+            // a hit wins while the batch grows by less than the hit saves: 10 * 5 < 100 * 1 ...
+            (&[(10, 0, 4), (100, 0, 0)], 0, 1),
+            // ... ties at 10 * 10 = 100 * 1 (first from the turn) and loses past it
+            (&[(10, 0, 9), (100, 0, 0)], 0, 1),
+            (&[(10, 0, 10), (100, 0, 0)], 1, 1),
+            // a queue damps the hit
+            (&[(10, 200, 0), (100, 0, 0)], 1, 0),
+            (&[(1, 0, 0), (1, 0, 0), (1, 0, 0)], 0, 0),
+        ];
+        for (rows, product, least) in table {
+            let candidates: Vec<_> =
+                rows.iter().enumerate().map(|(w, &(n, q, b))| candidate(w as u32, n, q, b)).collect();
+            assert_eq!(winner(PolicyName::Product, &candidates, 0), *product, "{rows:?}");
+            assert_eq!(winner(PolicyName::LeastRequests, &candidates, 0), *least, "{rows:?}");
+        }
+    }
+
+    #[test]
+    fn equal_candidates_are_taken_in_turn_and_random_reaches_all() {
+        let candidates: Vec<_> = (0..4).map(|w| candidate(w, 5, 0, 0)).collect();
+        for name in [PolicyName::Product, PolicyName::RoundRobin, PolicyName::LeastRequests] {
+            let turns: Vec<_> = (0..8).map(|turn| winner(name, &candidates, turn)).collect();
+            assert_eq!(turns, [0, 1, 2, 3, 0, 1, 2, 3], "{name}");
+        }
+        let mut counts = [0; 4];
+        (0..4000).for_each(|turn| counts[winner(PolicyName::Random, &candidates, turn)] += 1);
+        assert!(counts.iter().all(|c| (850..1150).contains(c)), "{counts:?}");
+    }
+
+    #[test]
+    fn extremes_do_not_overflow() {
+        let worst = candidate(0, u64::MAX, u64::MAX, u64::MAX);
+        assert_eq!(winner(PolicyName::Product, &[worst, candidate(1, 1, 0, 0)], 0), 1);
+    }
+
+    #[test]
+    fn names_parse_back() {
+        for name in PolicyName::ALL {
+            assert_eq!(name.as_str().parse(), Ok(name));
+        }
+        assert!("prodcut".parse::<PolicyName>().is_err());
+    }
+
+    proptest! {
+        /// Weights of the product cancel: no scale of P and no scale of (b+1) changes a choice.
+        #[test]
+        fn the_product_has_no_scale(
+            rows in proptest::collection::vec((1u64..5000, 0u64..5000, 0u64..300), 1..20),
+            tokens in 1u64..1000, turn in 0u64..50,
+        ) {
+            let build = |tokens: u64| -> Vec<_> {
+                rows.iter().enumerate()
+                    .map(|(w, &(n, q, b))| candidate(w as u32, n * tokens, q * tokens, b)).collect()
+            };
+            prop_assert_eq!(winner(PolicyName::Product, &build(1), turn), winner(PolicyName::Product, &build(tokens), turn));
+            let scaled: Vec<_> = rows.iter().enumerate()
+                .map(|(w, &(n, q, b))| candidate(w as u32, n, q, (b + 1) * tokens - 1)).collect();
+            prop_assert_eq!(winner(PolicyName::Product, &build(1), turn), winner(PolicyName::Product, &scaled, turn));
+        }
+    }
+}

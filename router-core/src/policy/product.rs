@@ -1,0 +1,26 @@
+//! The product: new prefill tokens if routed there, times the batch size there. No weights: as factors they would
+//! cancel in the comparison, and there is no place where one could stand.
+//!
+//! `(Q + u) * (b + 1) = u*b + Q*(b + 1) + u`: the prefill this row brings stalls `b` rows that run beside it, and the
+//! row itself waits for `Q + u`. So the score is the harm done, in row-tokens (LMetric, arXiv 2603.15202, section 4;
+//! the sum form is derived here).
+//!
+//! `u >= 1`, because an engine computes at least the last token: an empty or fully hit worker is never an absorbing
+//! zero. It misleads where few workers hold a prefix that most requests share; those cases are for the hotspot guard.
+
+use super::{Policy, PolicyName, View};
+
+/// `(Q + u) * (b + 1)`.
+pub struct Product;
+
+impl Policy for Product {
+    fn name(&self) -> PolicyName {
+        PolicyName::Product
+    }
+
+    fn score(&self, view: View<'_>, at: usize) -> u128 {
+        let c = &view.candidates[at];
+        let prefill = u128::from(c.queued.0) + u128::from(c.new_tokens.0.max(1));
+        prefill.saturating_mul(u128::from(c.batch_size) + 1)
+    }
+}
