@@ -20,8 +20,8 @@ mod units;
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use decision::Decision;
 pub use event::{
-    Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart, RowTokens,
-    SliceReport, WorkerMessage,
+    Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart,
+    RowTokens, SliceReport, WorkerMessage,
 };
 pub use fleet::WorkerLoad;
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};

@@ -87,12 +87,7 @@ impl Scheduler {
     }
 
     /// Takes events that came together: rows are placed and plans made once, after the last.
-    pub fn handle_many(
-        &mut self,
-        now: Micros,
-        events: impl IntoIterator<Item = Event>,
-        actions: &mut Vec<Action>,
-    ) {
+    pub fn handle_many(&mut self, now: Micros, events: impl IntoIterator<Item = Event>, actions: &mut Vec<Action>) {
         for event in events {
             self.take(event, actions);
         }
@@ -387,14 +382,7 @@ impl Scheduler {
         }
     }
 
-    fn message(
-        &mut self,
-        id: WorkerId,
-        epoch: Epoch,
-        seq: u64,
-        message: WorkerMessage,
-        actions: &mut Vec<Action>,
-    ) {
+    fn message(&mut self, id: WorkerId, epoch: Epoch, seq: u64, message: WorkerMessage, actions: &mut Vec<Action>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if worker.spec.epoch != epoch || seq < worker.next_seq {
             return;
@@ -584,7 +572,8 @@ impl Scheduler {
         match reason {
             Refusal::Stale | Refusal::UnknownRow => {}
             Refusal::Unsupported => {
-                let named: Vec<RowId> = if rows.is_empty() { &batch.added } else { rows }.iter().map(|k| k.row).collect();
+                let named: Vec<RowId> =
+                    if rows.is_empty() { &batch.added } else { rows }.iter().map(|k| k.row).collect();
                 for row in named {
                     self.drop_at_worker(row, actions);
                     self.finish(row, FinishReason::Error, Some(format!("the worker refused it: {detail}")), actions);
@@ -651,9 +640,11 @@ impl Scheduler {
     fn load(&self, id: WorkerId, worker: &Worker) -> WorkerLoad {
         let size = self.model.block_size;
         let held = || {
-            worker.rows.values().filter_map(|row| self.rows.get(row)).filter(|row| {
-                row.home().is_some_and(|home| home.known) && worker.runs(row.key()).is_none()
-            })
+            worker
+                .rows
+                .values()
+                .filter_map(|row| self.rows.get(row))
+                .filter(|row| row.home().is_some_and(|home| home.known) && worker.runs(row.key()).is_none())
         };
         WorkerLoad {
             worker: id,

@@ -5,8 +5,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
 use router_core::{
-    Action, Config, Decision, Event, FinishReason, Micros, ModelSpec, NewRequest, Rejection, RequestId, RowEnd,
-    RowId, Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, Config, Decision, Event, FinishReason, Micros, ModelSpec, NewRequest, Rejection, RequestId, RowEnd, RowId,
+    Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 
 use crate::timing::Timing;
@@ -298,4 +298,3 @@ impl Outcome {
         cached as f64 / prompt.max(1) as f64
     }
 }
-

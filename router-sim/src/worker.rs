@@ -225,7 +225,13 @@ impl SliceWorker {
 
     fn planned(&mut self, now: Micros, plan: Plan, stops: Vec<(RowKey, Stop)>, out: &mut Vec<WorkerMessage>) {
         if let Some(detail) = self.invalid(&plan) {
-            return refuse(plan.no, Refusal::Unsupported, plan.add.iter().map(|start| start.key).collect(), detail, out);
+            return refuse(
+                plan.no,
+                Refusal::Unsupported,
+                plan.add.iter().map(|start| start.key).collect(),
+                detail,
+                out,
+            );
         }
         let base_runs = self.running.as_ref().is_some_and(|batch| batch.no == plan.base);
         let newer = self.standing.as_ref().is_none_or(|(standing, _)| standing.no < plan.no);
@@ -254,13 +260,7 @@ impl SliceWorker {
     }
 
     /// Starts a plan, or refuses it. `true` where a batch runs now.
-    fn start(
-        &mut self,
-        now: Micros,
-        plan: Plan,
-        stops: Vec<(RowKey, Stop)>,
-        out: &mut Vec<WorkerMessage>,
-    ) -> bool {
+    fn start(&mut self, now: Micros, plan: Plan, stops: Vec<(RowKey, Stop)>, out: &mut Vec<WorkerMessage>) -> bool {
         let mut members = match &plan.keep {
             Keep::List(list) => {
                 let unknown: Vec<RowKey> =

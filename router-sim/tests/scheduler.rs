@@ -32,7 +32,12 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: u64) -> NewRequest {
 }
 
 fn prompt(seed: u32, len: usize) -> Vec<u32> {
-    (0..len).scan(seed % VOCAB, |id, at| { *id = next_token(*id, at, VOCAB); Some(*id) }).collect()
+    (0..len)
+        .scan(seed % VOCAB, |id, at| {
+            *id = next_token(*id, at, VOCAB);
+            Some(*id)
+        })
+        .collect()
 }
 
 /// What the modelled worker draws after a prompt, computed here.
@@ -63,12 +68,15 @@ fn check_drained(sim: &Simulation, out: &Outcome) {
 
 #[test]
 fn two_hundred_streams_end_once_with_their_tokens() {
-    for (slice, policy) in [(1, PolicyName::Product), (7, PolicyName::Product), (64, PolicyName::Random), (4096, PolicyName::RoundRobin)] {
+    for (slice, policy) in
+        [(1, PolicyName::Product), (7, PolicyName::Product), (64, PolicyName::Random), (4096, PolicyName::RoundRobin)]
+    {
         let mut sim = Simulation::new(model(), config(policy, slice), Micros(500));
         for _ in 0..2 {
             sim.join(Micros(0), spec(4096, 64), Timing::default());
         }
-        let requests: Vec<_> = (0..200).map(|i| (prompt(i, 1 + (i as usize * 37) % 400), 1 + u64::from(i * 13) % 90)).collect();
+        let requests: Vec<_> =
+            (0..200).map(|i| (prompt(i, 1 + (i as usize * 37) % 400), 1 + u64::from(i * 13) % 90)).collect();
         for (i, (prompt, max)) in requests.iter().enumerate() {
             sim.arrive(Micros(10_000 + i as u64 * 700), request(i as u64, prompt.clone(), *max));
         }

@@ -1,0 +1,73 @@
+# Short verbs. `make demo` and `make test` need nothing but Python 3.10+, Rust and a C/C++ compiler.
+SHELL := /bin/bash
+PY := .venv/bin/python
+ROUTER := target/debug/scls-router
+MODEL ?= models/airline-tiny
+WORKERS ?= 2
+# Tests and demo run on the CPU with a small model: more threads only wait for one another.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo up test lint bench proto clean soak build setup rust-test py-test
+
+demo: ## two CPU workers, a router, recorded dialogues
+	@tools/setup.sh run
+	@$(MAKE) --no-print-directory build
+	@$(PY) demo/run.py --router $(ROUTER) --model $(MODEL) --workers $(WORKERS)
+
+up: ## serve MODEL with WORKERS workers until Ctrl-C
+	@tools/setup.sh run
+	@$(MAKE) --no-print-directory build
+	@$(ROUTER) up --model $(MODEL) --workers $(WORKERS) --python $(PY)
+
+setup:
+	@tools/setup.sh dev
+
+build: ## the router, and both Python packages into .venv
+	@echo "==> cargo build (first time: some minutes)"
+	@cargo build --quiet --workspace
+	@echo "==> Python packages scls-router and scls-worker into .venv"
+	@VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --quiet 2>&1 | { grep -v '^$$' || true; }
+	@$(PY) -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e workers
+
+test: ## everything CI runs
+	@tools/setup.sh dev
+	@$(MAKE) --no-print-directory build
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory rust-test
+	@$(MAKE) --no-print-directory py-test
+
+lint:
+	@tools/setup.sh dev
+	@echo "==> lint: rustfmt, clippy, layering, ruff, mypy, generated stubs"
+	@cargo fmt --all --check
+	@cargo clippy --quiet --workspace --all-targets -- -D warnings
+	@! cargo tree -p router-core -e normal --prefix none | grep -E '^(tokio|tonic|pyo3|axum) ' || \
+	  { echo "router-core must stay pure: it depends on the crate above" >&2; exit 1; }
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy workers/scls_worker python/scls_router
+	@$(PY) workers/gen_proto.py --check
+
+rust-test:
+	@echo "==> cargo test"
+	@cargo test --quiet --workspace --exclude scls-router-python
+
+py-test:
+	@echo "==> pytest"
+	@$(PY) -m pytest
+
+soak: ## the long forms of the tests: the full exactness product, many kills
+	@tools/setup.sh dev
+	@$(MAKE) --no-print-directory build
+	@SCLS_SOAK=1 $(PY) -m pytest -m soak -o timeout=7200
+
+proto: ## Python stubs from proto/ (Rust makes its own in the build)
+	@tools/setup.sh dev
+	@$(PY) workers/gen_proto.py
+
+bench: ## core look-ups and decisions
+	@cargo bench --quiet -p router-core
+
+clean:
+	@cargo clean --quiet
+	@rm -rf .venv

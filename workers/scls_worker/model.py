@@ -1,0 +1,172 @@
+"""A model folder as a runner: transformers' own modelling code over our KV blocks, through its attention interface.
+
+Runs what the engine planned, one forward pass for all rows, logits only where a token is drawn. Does not know which rows there
+are next, nor who asked.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# A worker never asks the network for a model, whatever a folder's files name.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+from . import __version__
+from .attention import Pass, Span, attend
+from .errors import StartupError
+from .folder import check_folder, eos_token_ids
+from .info import digest, model_files, tokenizer_files, worker_info
+from .options import CONTEXTS_A_POOL, Served
+from .rows import Chunk
+from .sampling import Want, draw_tokens
+
+AttentionInterface.register("scls", attend)
+AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
+
+CPU_POOL_BYTES = 1 << 30
+# Of a GPU's free memory after load. The rest is for activations, logits and gathered KV.
+CUDA_POOL_SHARE = 0.6
+
+
+class ModelRunner:
+    def __init__(self, model: Any, blocks: int, block_size: int) -> None:
+        self.model = model
+        self.block_size = block_size
+        self.device = model.device
+        config = model.config
+        shape = (blocks * block_size, config.num_key_value_heads, head_dim(config))
+        self.pools = [
+            (
+                torch.zeros(shape, dtype=model.dtype, device=self.device),
+                torch.zeros(shape, dtype=model.dtype, device=self.device),
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk]) -> list[int]:
+        spans = [Span(chunk.row.blocks, chunk.start, chunk.size) for chunk in chunks]
+        here = Pass(spans, self.block_size, self.pools, self.device)
+        packed = [chunks[i] for i in here.order]
+        ids = np.concatenate([chunk.row.tokens[chunk.start : chunk.start + chunk.size] for chunk in packed])
+        hidden = self._hidden(torch.from_numpy(ids.astype(np.int64)).to(self.device), here)  # [T, E]
+        drawing = [i for i, chunk in enumerate(packed) if chunk.draws]
+        if not drawing:
+            return []
+        logits = self.model.lm_head(hidden[here.ends[drawing]])  # [N, V]
+        wants = [Want(packed[i].row.draw, packed[i].row.output_len) for i in drawing]
+        tokens = draw_tokens(logits, wants).tolist()
+        # Back from packed order to the engine's.
+        drawn = {here.order[i]: token for i, token in zip(drawing, tokens, strict=True)}
+        return [drawn[i] for i in sorted(drawn)]
+
+    def _hidden(self, ids: Tensor, here: Pass) -> Tensor:
+        out = self.model.model(input_ids=ids[None], position_ids=here.positions[None], use_cache=False, scls=here)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+
+def head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def build_model(options: argparse.Namespace) -> Served:
+    """Loads the folder and sizes the pool; raises StartupError where the folder or the machine does not allow it."""
+    folder: Path = options.model
+    config_json = check_folder(folder)
+    device = pick_device(options.device)
+    dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = load(folder, device, dtype)
+    config = model.config
+    max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
+    blocks = options.blocks or default_blocks(config, device, model.dtype, options.block_size, max_context)
+    tokenizer = tokenizer_files(folder)
+    info = worker_info(
+        worker_id=options.worker_id,
+        served_names=options.served_name or [folder.resolve().name],
+        model_digest=digest(model_files(folder)),
+        tokenizer_digest=digest(tokenizer),
+        vocab_size=config.vocab_size,
+        eos_token_ids=eos_token_ids(folder, config_json),
+        max_context=max_context,
+        block_size=options.block_size,
+        blocks=blocks,
+        max_rows=options.max_rows,
+        chunk_tokens=options.chunk_tokens,
+        device=device,
+        dtype=dtype,
+        engine=f"scls-worker {__version__} torch {torch.__version__} transformers {transformers.__version__}",
+    )
+    try:
+        runner = ModelRunner(model, blocks, options.block_size)
+    except (RuntimeError, MemoryError) as error:
+        raise StartupError(f"no memory for {blocks} KV blocks: {first_line(error)}") from None
+    try_out(runner)
+    return Served(runner, info, tokenizer)
+
+
+def load(folder: Path, device: str, dtype: str) -> Any:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=getattr(torch, dtype),
+            attn_implementation="scls",
+            output_loading_info=True,
+        )
+        # transformers fills in what a file lacks with random numbers.
+        missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
+        if missing:
+            raise StartupError(f"weights missing or of another shape: {missing[0]} and {len(missing) - 1} more in {folder}")
+        return model.to(device).eval()
+    except StartupError:
+        raise
+    except Exception as error:
+        raise StartupError(f"cannot load {folder}: {first_line(error)}") from None
+
+
+def try_out(runner: ModelRunner) -> None:
+    """One token through all layers: what the hook does not understand shows here, not in a request."""
+    span = Span([0], 0, 1)
+    with torch.inference_mode():
+        try:
+            runner._hidden(
+                torch.zeros(1, dtype=torch.int64, device=runner.device),
+                Pass([span], runner.block_size, runner.pools, runner.device),
+            )
+        except Exception as error:
+            raise StartupError(f"the model does not run here: {first_line(error)}") from None
+
+
+def pick_device(wanted: str) -> str:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise StartupError("no CUDA device")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
+
+
+def default_blocks(config: Any, device: str, dtype: torch.dtype, block_size: int, max_context: int) -> int:
+    block_bytes = 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * head_dim(config) * dtype.itemsize
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return max(1, int(free * CUDA_POOL_SHARE) // block_bytes)
+    wanted = -(-CONTEXTS_A_POOL * max_context // block_size)
+    return max(1, min(wanted, CPU_POOL_BYTES // block_bytes))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,142 @@
+"""Plans as they arrive: everything about a plan that can be checked before its base has ended.
+
+Turns a message into a `Plan` of checked values, or raises `Refusal`. Does not know which rows the worker holds, nor its memory.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .proto import common_pb2 as common
+from .proto import worker_pb2 as pb
+from .rows import Draw, Row, RowKey
+
+# Rows of a list that is too long are not all named back.
+MOST_ROWS_NAMED = 64
+
+
+class Refusal(Exception):  # noqa: N818 (an answer of the contract, not a failure)
+    def __init__(self, reason: pb.Refused.Reason, detail: str = "", rows: Iterable[RowKey] = ()) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+        self.rows = list(rows)[:MOST_ROWS_NAMED]
+
+
+@dataclass(slots=True)
+class Plan:
+    number: int
+    base: int
+    keep: pb.Plan.Keep
+    keep_rows: list[RowKey]
+    add: list[Row]
+    leave: frozenset[RowKey]
+    steps: int
+    ceiling_blocks: int
+    hold_ranks: dict[RowKey, int]
+    arrived_us: int
+
+    def forget(self, keys: frozenset[RowKey]) -> None:
+        """Rows that were dropped before the plan started."""
+        self.add = [row for row in self.add if row.key not in keys]
+        self.keep_rows = [key for key in self.keep_rows if key not in keys]
+
+
+def read_plan(plan: pb.Plan, info: common.WorkerInfo, now_us: int) -> Plan:
+    if plan.keep not in (pb.Plan.KEEP_SURVIVORS, pb.Plan.KEEP_NONE, pb.Plan.KEEP_LIST):
+        raise Refusal(pb.Refused.REASON_INVALID, "keep")
+    if plan.steps == 0:
+        raise Refusal(pb.Refused.REASON_INVALID, "steps")
+    if len(plan.add) > info.max_rows:
+        raise Refusal(pb.Refused.REASON_TOO_MANY_ROWS, f"max_rows: {info.max_rows}")
+    add = [read_row(start, info) for start in plan.add]
+    keys = {row.key for row in add}
+    keep_rows = list(dict.fromkeys(RowKey.of(row) for row in plan.keep_rows))
+    if len(keys) < len(add):
+        raise Refusal(pb.Refused.REASON_INVALID, "add: a row twice")
+    if not keys.isdisjoint(keep_rows):
+        raise Refusal(pb.Refused.REASON_INVALID, "add: a row that is kept too", keys.intersection(keep_rows))
+    return Plan(
+        number=plan.plan_no,
+        base=plan.base_batch,
+        keep=plan.keep,
+        keep_rows=keep_rows,
+        add=add,
+        leave=frozenset(RowKey.of(row) for row in plan.leave),
+        steps=plan.steps,
+        ceiling_blocks=plan.ceiling_blocks,
+        hold_ranks={RowKey.of(hold.row): hold.rank for hold in plan.hold_ranks},
+        arrived_us=now_us,
+    )
+
+
+def read_row(start: pb.RowStart, info: common.WorkerInfo) -> Row:
+    key = RowKey.of(start.row)
+
+    def refuse(reason: pb.Refused.Reason, field: str) -> Refusal:
+        return Refusal(reason, field, [key])
+
+    if field := unserved(start, info):
+        raise refuse(pb.Refused.REASON_UNSUPPORTED, field)
+    ids = start.prompt_ids.le_u32 + start.output_ids.le_u32
+    prompt_len, known = len(start.prompt_ids.le_u32) // 4, len(ids) // 4
+    if prompt_len == 0 or len(start.prompt_ids.le_u32) % 4:
+        raise refuse(pb.Refused.REASON_INVALID, "prompt_ids")
+    if len(start.output_ids.le_u32) % 4:
+        raise refuse(pb.Refused.REASON_INVALID, "output_ids")
+    limits = start.limits
+    if limits.max_tokens <= known - prompt_len:
+        raise refuse(pb.Refused.REASON_INVALID, "max_tokens: nothing left to draw")
+    if prompt_len + limits.max_tokens > info.max_context:
+        raise refuse(pb.Refused.REASON_UNSUPPORTED, f"max_tokens: prompt and output pass max_context {info.max_context}")
+    if limits.min_tokens > limits.max_tokens:
+        raise refuse(pb.Refused.REASON_UNSUPPORTED, "min_tokens")
+    if any(id_ >= info.vocab_size for id_ in limits.stop_token_ids):
+        raise refuse(pb.Refused.REASON_UNSUPPORTED, "stop_token_ids")
+
+    tokens = np.zeros(prompt_len + limits.max_tokens, dtype=np.uint32)
+    tokens[:known] = np.frombuffer(ids, dtype="<u4")
+    if int(tokens[:known].max()) >= info.vocab_size:
+        raise refuse(pb.Refused.REASON_UNSUPPORTED, "prompt_ids: an id outside the vocabulary")
+
+    stops = set(limits.stop_token_ids) | (set() if limits.ignore_eos else set(info.eos_token_ids))
+    return Row(
+        key=key,
+        hash_root=start.hash_root,
+        tokens=tokens,
+        known=known,
+        prompt_len=prompt_len,
+        max_tokens=limits.max_tokens,
+        min_tokens=limits.min_tokens,
+        stops=frozenset(stops),
+        draw=Draw(start.sampling.temperature, start.sampling.seed, limits.min_tokens, tuple(sorted(stops))),
+        prefill_budget=start.prefill_budget,
+        hold_rank=start.hold_rank,
+    )
+
+
+def unserved(start: pb.RowStart, info: common.WorkerInfo) -> str | None:
+    """The first field with a value that this worker does not serve. A value that means "off" is served."""
+    sampling = start.sampling
+
+    def given(field: str, off: float) -> bool:
+        # NaN is not off.
+        return sampling.HasField(field) and not getattr(sampling, field) == off
+
+    cases = (
+        ("model", start.model not in info.served_names),
+        ("adapter", bool(start.adapter)),
+        ("deadline_ms_left", start.HasField("deadline_ms_left")),
+        ("temperature", not (math.isfinite(sampling.temperature) and sampling.temperature >= 0)),
+        ("top_k", sampling.top_k != 0),
+        ("top_p", given("top_p", 1.0)),
+        ("min_p", given("min_p", 0.0)),
+        ("repetition_penalty", given("repetition_penalty", 1.0)),
+        ("presence_penalty", given("presence_penalty", 0.0)),
+        ("frequency_penalty", given("frequency_penalty", 0.0)),
+        ("logit_bias", bool(sampling.logit_bias)),
+        ("logprobs", sampling.HasField("logprobs")),
+    )
+    return next((field for field, refused in cases if refused), None)

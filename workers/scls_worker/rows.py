@@ -1,0 +1,205 @@
+"""A row as the worker holds it: its tokens so far, its blocks, its limits; and the batch it runs in.
+
+Does not know how a token is computed or who is told about it.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scls_router import hash_blocks
+
+from .kv_pool import KvPool, Parent, Use
+from .proto import common_pb2 as common
+
+
+class RowKey(NamedTuple):
+    request: int
+    choice: int
+    attempt: int
+
+    @classmethod
+    def of(cls, row: common.RowId) -> "RowKey":
+        return cls(row.request, row.choice, row.attempt)
+
+    def id(self) -> common.RowId:
+        return common.RowId(request=self.request, choice=self.choice, attempt=self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a row's next token is drawn. `forbidden` ids are not, before the row has `min_tokens`."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    forbidden: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    key: RowKey
+    hash_root: int
+    tokens: NDArray[np.uint32]  # [prompt_len + max_tokens]; the first `known` are prompt and output so far
+    known: int
+    prompt_len: int
+    max_tokens: int
+    min_tokens: int = 0
+    stops: frozenset[int] = frozenset()
+    draw: Draw = Draw()
+    prefill_budget: int = 0
+    hold_rank: int = 0
+
+    use: Use = Use.RUNNING
+    computed: int = 0  # KV positions
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    promised: int = 0
+    hashes: list[int] = field(default_factory=list)
+    # Leading blocks that are the pool's own for their hash. Naming ends for good at a hash that has another content.
+    named: int = 0
+    nameable: bool = True
+    # Full blocks of this iteration whose content the pool had already: (place, the pool's block).
+    doubles: list[tuple[int, int]] = field(default_factory=list)
+
+    finish: common.FinishReason = common.FINISH_REASON_UNSPECIFIED
+    # Prompt tokens found in the cache; None once it was told.
+    cached_prompt: int | None = 0
+    # Since the start of the batch.
+    ran: int = 0
+    found: int = 0
+    emitted: int = 0
+
+    @property
+    def output_len(self) -> int:
+        return self.known - self.prompt_len
+
+    @property
+    def uncomputed(self) -> int:
+        return self.known - self.computed
+
+    @property
+    def wants_prefill(self) -> bool:
+        return self.computed == 0 or self.uncomputed > 1
+
+    def positions_after(self, steps: int) -> int:
+        """KV positions the row can have after that many iterations: the last token drawn is not computed."""
+        return self.known + min(steps, self.max_tokens - self.output_len) - 1
+
+    def start(self) -> None:
+        """A batch starts: what its report will say of this row begins at zero."""
+        self.ran = self.found = self.emitted = 0
+
+    # ---------------------------------------------------------------- KV
+
+    def look_up(self, pool: KvPool) -> None:
+        """Takes the cached prefix. At least one token stays to be computed: its logits give the next one."""
+        whole = (self.known - 1) // pool.block_size
+        self._chain(whole, pool.block_size)
+        found = pool.look_up(self.hash_root, self.hashes[:whole], (self._ids(i, pool.block_size) for i in range(whole)))
+        pool.adopt(found)
+        self.promised -= len(found)
+        self.blocks.extend(found)
+        self.named = len(found)
+        self.computed = len(found) * pool.block_size
+        self.found += self.computed
+        if self.cached_prompt is not None:
+            self.cached_prompt = min(self.computed, self.prompt_len)
+
+    def grow(self, pool: KvPool, positions: int) -> list[int]:
+        """Takes blocks up to `positions` and names those that become full. Returns the blocks named now.
+
+        They are named before they are computed, so that a later row of the same iteration finds them: a pass writes all KV of a
+        layer before it reads any.
+        """
+        while len(self.blocks) * pool.block_size < positions:
+            self.blocks.append(pool.take())
+            self.promised -= 1
+        fresh = []
+        full = positions // pool.block_size
+        if self.nameable and self.named < full:
+            self._chain(full, pool.block_size)
+        while self.nameable and self.named < full:
+            place = self.named
+            block = pool.name(
+                self.blocks[place], self.hashes[place], self._parent(place), self._ids(place, pool.block_size)
+            )
+            if block == self.blocks[place]:
+                fresh.append(block)
+            elif block is not None and pool.can_share(block):
+                pool.share([block])
+                self.doubles.append((place, block))
+            else:
+                self.nameable = False
+                break
+            self.named += 1
+        return fresh
+
+    def settle(self, pool: KvPool) -> None:
+        """After the pass: the row lets go of blocks whose content the pool had already, and uses the pool's."""
+        for place, block in self.doubles:
+            double, self.blocks[place] = self.blocks[place], block
+            pool.release([double], self.use)
+        self.doubles.clear()
+
+    def cancel(self, pool: KvPool) -> None:
+        """Gives back what was promised for a batch that is over."""
+        pool.cancel(self.promised)
+        self.promised = 0
+
+    def drop_kv(self, pool: KvPool) -> None:
+        self.cancel(pool)
+        pool.release([block for _, block in self.doubles], Use.RUNNING)
+        pool.release(self.blocks, self.use)
+        self.doubles.clear()
+        del self.blocks[:]
+        self.computed = self.named = 0
+        self.nameable = True
+
+    def move(self, pool: KvPool, use: Use) -> None:
+        if self.use is not use:
+            pool.move(self.blocks, self.use, use)
+            self.use = use
+
+    def _parent(self, place: int) -> Parent:
+        if place == 0:
+            return Parent(-1, self.hash_root)
+        doubles = dict(self.doubles)
+        return Parent(doubles.get(place - 1, self.blocks[place - 1]), self.hash_root)
+
+    def _chain(self, blocks: int, block_size: int) -> None:
+        done = len(self.hashes)
+        if done < blocks:
+            parent = self.hashes[-1] if self.hashes else self.hash_root
+            self.hashes.extend(hash_blocks(parent, self.tokens[done * block_size : blocks * block_size], block_size))
+
+    def _ids(self, place: int, block_size: int) -> bytes:
+        return self.tokens[place * block_size : (place + 1) * block_size].tobytes()
+
+
+class Chunk(NamedTuple):
+    """What one row computes in one iteration: `size` tokens from position `start`. If nothing is left then, it
+    draws one."""
+
+    row: Row
+    start: int
+    size: int
+    draws: bool
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    number: int  # the plan's
+    rows: list[Row]  # as it started
+    steps: int
+    live: list[Row]
+    dropped: list[Row] = field(default_factory=list)  # since the last iteration
+    iterations: int = 0
+    cut_at: int | None = None
+    # Microseconds.
+    queue_us: int = 0
+    idle_us: int = 0
+    prefill_us: int = 0
+    decode_us: int = 0
+    peak_blocks: int = 0
