@@ -130,7 +130,7 @@ class Router(Process):
 
     def wait_drained(self, seconds: float = 10) -> None:
         """Until Q, b, W, running and held blocks of every worker are zero."""
-        names = ["queued_tokens", "batch_size", "work_seconds", "running_rows", "held_rows", "running_blocks",
+        names = ["queued_tokens", "batch_size", "work_microseconds", "running_rows", "held_rows", "running_blocks",
                  "held_blocks"]  # fmt: skip
         deadline = time.monotonic() + seconds
         while True:

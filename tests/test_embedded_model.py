@@ -1,4 +1,4 @@
-"""The embedded model is what its card says: small, lossless, with a template that only ever extends a text, and it writes words."""
+"""The embedded model is what its card says: small, lossless, a template that only extends a text, words."""
 
 import re
 import sys
@@ -13,16 +13,20 @@ MODELS = Path(__file__).resolve().parents[1] / "models"
 MODEL = MODELS / "airline-tiny"
 sys.path.insert(0, str(MODELS))
 
-import train
+import train  # noqa: E402
 
 TOOLS = [
-    {"type": "function", "function": {"name": "find", "description": "Finds <b> & 'c'.", "parameters": {"properties": {"b": {}, "a": {}}}}},
-    {"type": "function", "function": {"name": "stop"}},
+    {"type": "function", "function": f}
+    for f in (
+        {"name": "find", "description": "Finds <b> & 'c'.", "parameters": {"properties": {"b": {}, "a": {}}}},
+        {"name": "stop"},
+    )
 ]
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"a":1}'}}
 TALK = [
     {"role": "system", "content": "Be kind. "},
     {"role": "user", "content": [{"type": "text", "text": "Grüße "}, {"type": "text", "text": "🛫"}]},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"a":1}'}}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "1", "name": "find", "content": '{"x": "<&>"}'},
     {"role": "assistant", "content": "Done."},
     {"role": "user", "content": "Thanks"},

@@ -39,7 +39,7 @@ fn hash_blocks(py: Python<'_>, hash_root: u64, ids: Ids<'_>, block_size: u32) ->
 /// Runs the command line; the same program as the cargo binary.
 #[pyfunction]
 fn main(py: Python<'_>, args: Vec<String>) -> u8 {
-    py.detach(|| router_server::main_from(args.into_iter().map(Into::into)))
+    py.detach(|| router_server::exit_code_from(args.into_iter().map(Into::into)))
 }
 
 #[pymodule]
