@@ -1,7 +1,8 @@
 """Generates the Python protobuf stubs from proto/ into the packages that carry them. `--check` compares instead.
 
-The stubs are committed, so nobody needs protoc to install or to read them. Two packages may carry the same stubs: protobuf's
-descriptor pool takes a second registration of a file if its content is the same, and gives back the same classes.
+The stubs are committed, so nobody needs protoc to install or to read them. Two packages may carry the same stubs:
+protobuf's descriptor pool takes a second registration of a file if its content is the same, and gives back the same
+classes.
 """
 
 import argparse
@@ -28,10 +29,11 @@ PROTOBUF_CHECK = re.compile(
 GRPC_CHECK = re.compile(r"^GRPC_GENERATED_VERSION.*?^ {4}\)\n", re.S | re.M)
 
 
-def relative(text: str) -> str:
-    """Imports between stubs name their own package, not a top-level `scls`."""
+def fit(text: str) -> str:
+    """Imports between stubs name their own package, not a top-level `scls`; what protoc leaves untyped is no error."""
     text = re.sub(r"^from scls\.v1 import", "from . import", text, flags=re.M)
-    return text.replace("import warnings\n", "")
+    text = text.replace("import warnings\n", "")
+    return "# mypy: ignore-errors\n" + GRPC_CHECK.sub("", PROTOBUF_CHECK.sub("", text))
 
 
 def generate() -> dict[str, str]:
@@ -48,7 +50,7 @@ def generate() -> dict[str, str]:
             sys.exit(status)
         files = {"__init__.py": INIT}
         for path in sorted(Path(out, "scls/v1").iterdir()):
-            text = GRPC_CHECK.sub("", PROTOBUF_CHECK.sub("", relative(path.read_text())))
+            text = fit(path.read_text())
             # A file without services has an empty gRPC stub: nothing to keep.
             if path.name.endswith("_grpc.py") and "class " not in text:
                 continue

@@ -65,8 +65,8 @@ impl Scheduler {
     pub fn new(model: ModelSpec, config: Config) -> Self {
         Self {
             policy: config.policy.policy(config.seed),
-            config: Config { slice_len: config.slice_len.max(1), ..config },
             model,
+            config: Config { slice_len: config.slice_len.max(1), ..config },
             index: BlockTrie::default(),
             workers: std::collections::BTreeMap::new(),
             rows: HashMap::new(),
@@ -107,7 +107,7 @@ impl Scheduler {
             Event::Worker { worker, epoch, seq, message } => {
                 self.message(worker, epoch, seq, message, actions);
             }
-            Event::RequestArrived(request) => self.arrived(request, actions),
+            Event::RequestArrived(request) => self.arrived(&request, actions),
             Event::Cancelled { request, choice } => self.cancelled(request, choice, actions),
             Event::Tick => self.place_pool = true,
         }
@@ -115,37 +115,36 @@ impl Scheduler {
 
     // ---------------------------------------------------------------- requests
 
-    fn arrived(&mut self, request: NewRequest, actions: &mut Vec<Action>) {
-        match self.admit(&request) {
-            Err(rejection) => actions.push(Action::Reject(request.id, rejection)),
-            Ok(()) => {
-                let chain = hash_blocks(request.root, &request.prompt, self.model.block_size);
-                let chain: std::sync::Arc<[BlockHash]> = chain.into();
-                self.choices.insert(request.id, request.choices);
-                for choice in 0..request.choices {
-                    let id = RowId { request: request.id, choice };
-                    self.arrivals += 1;
-                    let row = Row {
-                        id,
-                        attempt: 0,
-                        order: self.arrivals,
-                        root: request.root,
-                        prompt: request.prompt.clone(),
-                        chain: chain.clone(),
-                        output: Vec::new(),
-                        max_tokens: request.max_tokens,
-                        place: Place::Pool { until: None },
-                        cached: None,
-                        slices: 0,
-                        losses: 0,
-                        last_worker: None,
-                    };
-                    self.rows.insert(id, row);
-                    self.pool.push(id);
-                }
-                self.place_pool = true;
-            }
+    fn arrived(&mut self, request: &NewRequest, actions: &mut Vec<Action>) {
+        if let Err(rejection) = self.admit(request) {
+            actions.push(Action::Reject(request.id, rejection));
+            return;
         }
+        let chain: std::sync::Arc<[BlockHash]> =
+            hash_blocks(request.root, &request.prompt, self.model.block_size).into();
+        self.choices.insert(request.id, request.choices);
+        for choice in 0..request.choices {
+            let id = RowId { request: request.id, choice };
+            self.arrivals += 1;
+            let row = Row {
+                id,
+                attempt: 0,
+                order: self.arrivals,
+                root: request.root,
+                prompt: request.prompt.clone(),
+                chain: chain.clone(),
+                output: Vec::new(),
+                max_tokens: request.max_tokens,
+                place: Place::Pool { until: None },
+                cached: None,
+                slices: 0,
+                losses: 0,
+                last_worker: None,
+            };
+            self.rows.insert(id, row);
+            self.pool.push(id);
+        }
+        self.place_pool = true;
     }
 
     fn admit(&self, request: &NewRequest) -> Result<(), Rejection> {
@@ -397,18 +396,24 @@ impl Scheduler {
                 if chunk == 0 {
                     self.index.clear_stored(id);
                 }
-                hashes.into_iter().for_each(|hash| self.index.store(id, hash));
+                for hash in hashes {
+                    self.index.store(id, hash);
+                }
                 if last && !std::mem::replace(&mut worker.synced, true) {
                     self.place_pool = true;
                 }
             }
             WorkerMessage::KvDelta { removed, stored } => {
-                removed.into_iter().for_each(|hash| self.index.evict(id, hash));
-                stored.into_iter().for_each(|hash| self.index.store(id, hash));
+                for hash in removed {
+                    self.index.evict(id, hash);
+                }
+                for hash in stored {
+                    self.index.store(id, hash);
+                }
             }
             WorkerMessage::Steps { batch: _, rows } => {
                 for row in rows {
-                    self.drew(id, row, actions);
+                    self.drew(id, &row, actions);
                 }
             }
             WorkerMessage::SliceReported(report) => self.reported(id, &report, actions),
@@ -420,7 +425,7 @@ impl Scheduler {
     }
 
     /// Tokens of a row: each index goes to the client once, in order, whatever arrives.
-    fn drew(&mut self, at: WorkerId, drawn: RowTokens, actions: &mut Vec<Action>) {
+    fn drew(&mut self, at: WorkerId, drawn: &RowTokens, actions: &mut Vec<Action>) {
         let id = drawn.key.row;
         let Some(row) = self.rows.get_mut(&id) else { return };
         if row.attempt != drawn.key.attempt || !row.is_at(at) {

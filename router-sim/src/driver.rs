@@ -194,13 +194,13 @@ impl Simulation {
                 let mut out = Vec::new();
                 let Some(connected) = self.workers.get_mut(&id).filter(|c| c.session == session) else { return };
                 connected.worker.command(self.now, command, &mut out);
-                self.from_worker(id, out);
+                self.says(id, out);
             }
             Happening::Wake(id, session) => {
                 let mut out = Vec::new();
                 let Some(connected) = self.workers.get_mut(&id).filter(|c| c.session == session) else { return };
                 connected.worker.wake(self.now, &mut out);
-                self.from_worker(id, out);
+                self.says(id, out);
             }
             Happening::FromWorker(id, seq, message) => {
                 let Some(connected) = self.workers.get(&id) else { return };
@@ -210,7 +210,7 @@ impl Simulation {
         }
     }
 
-    fn from_worker(&mut self, id: WorkerId, out: Vec<WorkerMessage>) {
+    fn says(&mut self, id: WorkerId, out: Vec<WorkerMessage>) {
         let Some(connected) = self.workers.get_mut(&id) else { return };
         let session = connected.session;
         let wake = connected.worker.next_wake();

@@ -1,6 +1,7 @@
 """The `scls-worker` command: options, signals, one line on stdout when it serves. Decides nothing."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -75,8 +76,10 @@ def follow_parent(stop: Callable[[], object]) -> None:
     """Stops the worker when its stdin ends: that is, when the process that started it is gone, however it went."""
 
     def follow() -> None:
-        while os.read(0, 4096):
-            pass
+        # A stdin that was never open has ended too.
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
         stop()
         time.sleep(ORPHAN_GRACE_S)
         os._exit(1)

@@ -1,7 +1,7 @@
 """Attention over KV in blocks, for rows packed one behind the other: what transformers calls in each layer.
 
-`Pass` is made once an iteration and says where each token's KV goes and which KV it sees; the layers only gather. This is the
-reference: plain SDPA over gathered KV, the same on every device. Knows blocks as numbers, no rows, no model.
+`Pass` is made once an iteration and says where each token's KV goes and which KV it sees; the layers only gather. This
+is the reference: plain SDPA over gathered KV, the same on every device. Knows blocks as numbers, no rows, no model.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,9 @@ class Prefill(NamedTuple):
 
 
 class Pass:
-    """Where an iteration's tokens write and read. Chunks of one token come first in the packed order, all in one gather."""
+    """Where an iteration's tokens write and read. Chunks of one token come first in the packed order, all in one
+    gather.
+    """
 
     def __init__(
         self, spans: Sequence[Span], block_size: int, pools: Sequence[tuple[Tensor, Tensor]], device: torch.device
@@ -90,7 +92,7 @@ def attend(
     scls: Pass | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. All KV of the layer is written before any is read, so rows see each other's."""
+    """transformers' attention interface. All KV of a layer is written before any is read: rows see each other's."""
     assert scls is not None, "the model runs through scls_worker.model only"
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:

@@ -1,7 +1,7 @@
 """The worker's loop: take a plan, iterate, report, return.
 
-`handle` takes what the router says, `step` runs one iteration; one thread calls both, so everything a message changes it changes
-between two iterations. Does not know sockets, threads, text or tensors: sessions and the runner are given.
+`handle` takes what the router says, `step` runs one iteration; one thread calls both, so everything a message changes
+it changes between two iterations. Does not know sockets, threads, text or tensors: sessions and the runner are given.
 """
 
 import logging
@@ -21,7 +21,7 @@ LEASE_US = 10_000_000
 
 
 class Runner(Protocol):
-    """The model. One call is one forward pass over all chunks; returns one token for each chunk that draws, in order."""
+    """The model. One call is one forward pass over all chunks; returns a token for each chunk that draws, in order."""
 
     def run(self, chunks: Sequence[Chunk]) -> list[int]: ...
 
@@ -94,7 +94,7 @@ class Engine:
         self._end_if_due(batch)
 
     def _plan_chunks(self, batch: Batch, fresh: list[int]) -> list[Chunk]:
-        """What each row computes now. Rows share the chunk budget in order; a row's prefix is looked up when it begins."""
+        """What each row computes now. Rows share the budget in order; a prefix is looked up when its row begins."""
         budget = self.info.chunk_tokens
         chunks = []
         for row in batch.live:
@@ -122,6 +122,7 @@ class Engine:
                 continue
             token = next(draws)
             index = row.output_len
+            row.wants_prefill = False
             row.tokens[row.known] = token
             row.known += 1
             row.emitted += 1
@@ -177,10 +178,11 @@ class Engine:
         if plan is None:
             self._hold(batch.live)
         self._send_deltas()
+        if plan and refusal:
+            # Before the report: the router would take a plan it sent for one that starts.
+            self.refuse(plan.number, refusal)
         self._send(slice_report=reports.slice_report(batch, end, self._running, error))
         self._send_load()
-        if plan and refusal:
-            self.refuse(plan.number, refusal)
         self._end_if_empty()
 
     def _end_if_empty(self) -> None:
@@ -239,8 +241,8 @@ class Engine:
         return [self.rows[key] for key in keys if key in self.rows and key not in plan.leave]
 
     def _reserve(self, plan: Plan, rows: Sequence[Row]) -> list[int]:
-        """Promises every row the blocks it can need in this batch, so that nothing runs short inside. Held rows outside the
-        batch lose their KV only if that is enough.
+        """Promises every row the blocks it can need in this batch, so that nothing runs short inside. Held rows outside
+        the batch lose their KV only if that is enough.
         """
         ceilings = [self.pool.blocks_for(row.positions_after(plan.steps)) for row in rows]
         if plan.ceiling_blocks and sum(ceilings) > plan.ceiling_blocks:

@@ -27,10 +27,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise StartupError(f"unsupported model_type: {family}\n  served are: {', '.join(FAMILIES)}")
     if "quantization_config" in config:
         raise StartupError(f"quantized weights are not supported: {folder}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-    if kind in UNPACKABLE_ROPE:
-        raise StartupError(f"unsupported rope_type: {kind}")
+    for field in ("rope_parameters", "rope_scaling"):
+        rope = config.get(field)
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+        if kind in UNPACKABLE_ROPE:
+            raise StartupError(f"unsupported rope_type: {kind}")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickles:
@@ -65,6 +66,10 @@ def eos_token_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     sources = ([read_json(generation)] if generation.is_file() else []) + [config]
     for source in sources:
         eos = source.get("eos_token_id")
-        if eos is not None:
-            return [int(id_) for id_ in (eos if isinstance(eos, list) else [eos])]
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(id_, int) and id_ >= 0 for id_ in ids):
+            raise StartupError(f"eos_token_id is no token id: {eos}")
+        return ids
     return []

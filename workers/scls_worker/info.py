@@ -74,8 +74,7 @@ def worker_info(
         served_names=served_names,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
-        # A single row must fit the pool, whatever else is held.
-        max_context=min(max_context, blocks * block_size),
+        max_context=max_context,
         block_size=block_size,
         blocks=blocks,
         max_rows=max_rows,

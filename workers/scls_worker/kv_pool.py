@@ -1,7 +1,8 @@
 """KV blocks as numbers: who uses them, which are named by a hash, which may be evicted.
 
-A block is in exactly one class: *running* (a row of the running batch uses it), *held* (only rows outside the batch do), *cached*
-(no row, but named by a hash, so a prefix may find it again) or *free*. Does not know tensors, rows, batches or messages.
+A block is in exactly one class: *running* (a row of the running batch uses it), *held* (only rows outside the batch
+do), *cached* (no row, but named by a hash, so a prefix may find it again) or *free*. Does not know tensors, rows,
+batches or messages.
 """
 
 from collections import OrderedDict
@@ -44,7 +45,8 @@ class KvPool:
         self._by_hash: dict[int, int] = {}
         self._stored: dict[int, None] = {}
         self._removed: dict[int, None] = {}
-        # Blocks promised to rows and not taken yet. Never more than free and cached ones together, so that `take` cannot fail.
+        # Blocks promised to rows and not taken yet. Never more than free and cached ones together, so that `take`
+        # cannot fail.
         self.reserved = 0
 
     # ---------------------------------------------------------------- counts
@@ -87,7 +89,7 @@ class KvPool:
     # ---------------------------------------------------------------- use
 
     def take(self) -> int:
-        """A promised block with nothing in it, for a running row: a free one, else the least recently used cached one."""
+        """A promised block, empty, for a running row: a free one, else the least recently used cached one."""
         assert self.reserved > 0, "took a block that was not promised"
         self.reserved -= 1
         if self._free:
@@ -115,7 +117,9 @@ class KvPool:
             self._enter(block, Use.RUNNING)
 
     def release(self, blocks: Sequence[int], use: Use) -> None:
-        """A row stops using its blocks. Named ones stay cached; the last goes first, so a chain is evicted from its end."""
+        """A row stops using its blocks. Named ones stay cached; the last goes first, so a chain is evicted from its
+        end.
+        """
         for block in reversed(blocks):
             self._leave(block, use)
             if self._users[0][block] or self._users[1][block]:
@@ -158,7 +162,7 @@ class KvPool:
     # ---------------------------------------------------------------- names
 
     def look_up(self, root: int, hashes: Iterable[int], ids: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of this chain. A hash whose block has other ids or parents is a miss."""
+        """The blocks of the longest cached prefix of a chain. A hash whose block has other ids or parents is a miss."""
         found: list[int] = []
         parent = Parent(-1, root)
         for hash_, block_ids in zip(hashes, ids, strict=True):
@@ -170,8 +174,9 @@ class KvPool:
         return found
 
     def name(self, block: int, hash_: int, parent: Parent, ids: bytes) -> int | None:
-        """Registers a full block. Returns the block that bears the name: this one, or an earlier one with the same content.
-        None if the hash belongs to another content: then this block stays unnamed, and so must all that follow it.
+        """Registers a full block. Returns the block that bears the name: this one, or an earlier one with the same
+        content. None if the hash belongs to another content: then this block stays unnamed, and so must all that follow
+        it.
         """
         name = Name(hash_, parent, ids)
         other = self._by_hash.get(hash_)

@@ -1,6 +1,7 @@
 """A runner without a model: the next token is a function of the last one and its place. Knows no torch.
 
-`scls-router mock-worker` draws by the same rule, so both can serve one pool and stand in for each other in the conformance suite.
+`scls-router mock-worker` draws by the same rule, so both can serve one pool and stand in for each other in the
+conformance suite.
 """
 
 import time
@@ -45,5 +46,7 @@ class MockRunner:
         if duration_us > 0:
             self.sleep(duration_us / 1e6)
         return [
-            next_token(int(row.tokens[row.known - 1]), row.known - 1, self.vocab) for row, _, _, draws in chunks if draws
+            next_token(int(row.tokens[row.known - 1]), row.known - 1, self.vocab)
+            for row, _, _, draws in chunks
+            if draws
         ]

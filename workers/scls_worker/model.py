@@ -1,7 +1,7 @@
 """A model folder as a runner: transformers' own modelling code over our KV blocks, through its attention interface.
 
-Runs what the engine planned, one forward pass for all rows, logits only where a token is drawn. Does not know which rows there
-are next, nor who asked.
+Runs what the engine planned, one forward pass for all rows, logits only where a token is drawn. Does not know which
+rows there are next, nor who asked.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from . import __version__
 from .attention import Pass, Span, attend
 from .errors import StartupError
-from .folder import check_folder, eos_token_ids
+from .folder import eos_token_ids
 from .info import digest, model_files, tokenizer_files, worker_info
 from .options import CONTEXTS_A_POOL, Served
 from .rows import Chunk
@@ -78,10 +78,9 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def build_model(options: argparse.Namespace) -> Served:
-    """Loads the folder and sizes the pool; raises StartupError where the folder or the machine does not allow it."""
+def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Served:
+    """Loads a folder that was checked and sizes the pool; raises StartupError where that cannot be done."""
     folder: Path = options.model
-    config_json = check_folder(folder)
     device = pick_device(options.device)
     dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
     if options.threads:
@@ -116,10 +115,12 @@ def build_model(options: argparse.Namespace) -> Served:
 
 
 def load(folder: Path, device: str, dtype: str) -> Any:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    auto: Any = AutoModelForCausalLM
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto.from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,
@@ -131,7 +132,9 @@ def load(folder: Path, device: str, dtype: str) -> Any:
         # transformers fills in what a file lacks with random numbers.
         missing = [*loading["missing_keys"], *loading["mismatched_keys"]]
         if missing:
-            raise StartupError(f"weights missing or of another shape: {missing[0]} and {len(missing) - 1} more in {folder}")
+            raise StartupError(
+                f"weights missing or of another shape: {missing[0]} and {len(missing) - 1} more in {folder}"
+            )
         return model.to(device).eval()
     except StartupError:
         raise
@@ -160,7 +163,8 @@ def pick_device(wanted: str) -> str:
 
 
 def default_blocks(config: Any, device: str, dtype: torch.dtype, block_size: int, max_context: int) -> int:
-    block_bytes = 2 * config.num_hidden_layers * block_size * config.num_key_value_heads * head_dim(config) * dtype.itemsize
+    token_bytes = 2 * int(config.num_hidden_layers * config.num_key_value_heads) * head_dim(config) * dtype.itemsize
+    block_bytes = block_size * token_bytes
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return max(1, int(free * CUDA_POOL_SHARE) // block_bytes)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from . import __version__
 from .engine import Runner
 from .errors import StartupError
-from .folder import check_tokenizer
+from .folder import check_folder, check_tokenizer
 from .info import digest, tokenizer_files, worker_info
 from .mock import EOS_ID, FIRST_ID, MockRunner
 from .proto import common_pb2 as common
@@ -45,21 +45,29 @@ def natural(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scls-worker", description="Serves one model, slice by slice, to one router.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="DIR", help="folder with config.json, *.safetensors, tokenizer.json")
+    what.add_argument(
+        "--model", type=Path, metavar="DIR", help="folder with config.json, *.safetensors, tokenizer.json"
+    )
     what.add_argument("--mock", action="store_true", help="no model: the next token is a hash of the last")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=natural, default=0, help="0 picks a free one")
     parser.add_argument("--worker-id", default="", help="default: a random one")
-    parser.add_argument("--served-name", action="append", metavar="NAME", help="may be repeated; default: the folder's name")
+    parser.add_argument(
+        "--served-name", action="append", metavar="NAME", help="may be repeated; default: the folder's name"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
     parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS")
     parser.add_argument("--blocks", type=positive, metavar="N", help="KV blocks; default: from memory")
     parser.add_argument("--max-rows", type=positive, default=64, metavar="N", help="most rows of one batch")
-    parser.add_argument("--chunk-tokens", type=positive, default=512, metavar="N", help="most prefill tokens an iteration")
+    parser.add_argument(
+        "--chunk-tokens", type=positive, default=512, metavar="N", help="most prefill tokens an iteration"
+    )
     parser.add_argument("--max-context", type=positive, metavar="N", help="cap of prompt and output together")
     parser.add_argument("--threads", type=positive, metavar="N", help="compute threads; default: torch's choice")
-    parser.add_argument("--ring", type=positive, default=1024, metavar="N", help="messages unsent before a slice ends early")
+    parser.add_argument(
+        "--ring", type=positive, default=1024, metavar="N", help="messages unsent before a slice ends early"
+    )
     parser.add_argument("--exit-with-parent", action="store_true", help="exit when stdin is closed")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--version", action="version", version=f"scls-worker {__version__}")
@@ -77,11 +85,15 @@ def build(options: argparse.Namespace) -> Served:
     for flag in ("tokenizer", "vocab", "step_us", "prefill_us_per_token"):
         if getattr(options, flag) is not None:
             raise StartupError(f"only with --mock: --{flag.replace('_', '-')}")
+    # Before torch is imported: a wrong folder is an answer in no time.
+    config = check_folder(options.model)
     try:
         from .model import build_model
     except ImportError as error:
-        raise StartupError(f"cannot import {error.name}\n  install the extra: pip install 'scls-worker[torch]'") from None
-    return build_model(options)
+        raise StartupError(
+            f"cannot import {error.name}\n  install the extra: pip install 'scls-worker[torch]'"
+        ) from None
+    return build_model(options, config)
 
 
 def build_mock(options: argparse.Namespace) -> Served:

@@ -1,6 +1,7 @@
 """Plans as they arrive: everything about a plan that can be checked before its base has ended.
 
-Turns a message into a `Plan` of checked values, or raises `Refusal`. Does not know which rows the worker holds, nor its memory.
+Turns a message into a `Plan` of checked values, or raises `Refusal`. Does not know which rows the worker holds, nor its
+memory.
 """
 
 import math
@@ -17,7 +18,7 @@ from .rows import Draw, Row, RowKey
 MOST_ROWS_NAMED = 64
 
 
-class Refusal(Exception):  # noqa: N818 (an answer of the contract, not a failure)
+class Refusal(Exception):
     def __init__(self, reason: pb.Refused.Reason, detail: str = "", rows: Iterable[RowKey] = ()) -> None:
         super().__init__(detail)
         self.reason = reason
@@ -90,7 +91,9 @@ def read_row(start: pb.RowStart, info: common.WorkerInfo) -> Row:
     if limits.max_tokens <= known - prompt_len:
         raise refuse(pb.Refused.REASON_INVALID, "max_tokens: nothing left to draw")
     if prompt_len + limits.max_tokens > info.max_context:
-        raise refuse(pb.Refused.REASON_UNSUPPORTED, f"max_tokens: prompt and output pass max_context {info.max_context}")
+        raise refuse(
+            pb.Refused.REASON_UNSUPPORTED, f"max_tokens: prompt and output pass max_context {info.max_context}"
+        )
     if limits.min_tokens > limits.max_tokens:
         raise refuse(pb.Refused.REASON_UNSUPPORTED, "min_tokens")
     if any(id_ >= info.vocab_size for id_ in limits.stop_token_ids):
@@ -123,7 +126,7 @@ def unserved(start: pb.RowStart, info: common.WorkerInfo) -> str | None:
 
     def given(field: str, off: float) -> bool:
         # NaN is not off.
-        return sampling.HasField(field) and not getattr(sampling, field) == off
+        return sampling.HasField(field) and getattr(sampling, field) != off
 
     cases = (
         ("model", start.model not in info.served_names),

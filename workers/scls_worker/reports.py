@@ -1,4 +1,6 @@
-"""What the worker says, as messages: steps, reports, load, refusals, hashes in chunks. Knows no state but what it is given."""
+"""What the worker says, as messages: steps, reports, load, refusals, hashes in chunks. Knows no state but what it is
+given.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -54,6 +54,7 @@ class Row:
 
     use: Use = Use.RUNNING
     computed: int = 0  # KV positions
+    wants_prefill: bool = True  # until it draws, and again when its KV is lost
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     promised: int = 0
     hashes: list[int] = field(default_factory=list)
@@ -78,10 +79,6 @@ class Row:
     @property
     def uncomputed(self) -> int:
         return self.known - self.computed
-
-    @property
-    def wants_prefill(self) -> bool:
-        return self.computed == 0 or self.uncomputed > 1
 
     def positions_after(self, steps: int) -> int:
         """KV positions the row can have after that many iterations: the last token drawn is not computed."""
@@ -110,8 +107,8 @@ class Row:
     def grow(self, pool: KvPool, positions: int) -> list[int]:
         """Takes blocks up to `positions` and names those that become full. Returns the blocks named now.
 
-        They are named before they are computed, so that a later row of the same iteration finds them: a pass writes all KV of a
-        layer before it reads any.
+        They are named before they are computed, so that a later row of the same iteration finds them: a pass writes all
+        KV of a layer before it reads any.
         """
         while len(self.blocks) * pool.block_size < positions:
             self.blocks.append(pool.take())
@@ -155,7 +152,7 @@ class Row:
         self.doubles.clear()
         del self.blocks[:]
         self.computed = self.named = 0
-        self.nameable = True
+        self.nameable = self.wants_prefill = True
 
     def move(self, pool: KvPool, use: Use) -> None:
         if self.use is not use:
@@ -172,7 +169,8 @@ class Row:
         done = len(self.hashes)
         if done < blocks:
             parent = self.hashes[-1] if self.hashes else self.hash_root
-            self.hashes.extend(hash_blocks(parent, self.tokens[done * block_size : blocks * block_size], block_size))
+            ids = self.tokens[done * block_size : blocks * block_size]
+            self.hashes.extend(hash_blocks(parent, ids.tobytes(), block_size))
 
     def _ids(self, place: int, block_size: int) -> bytes:
         return self.tokens[place * block_size : (place + 1) * block_size].tobytes()

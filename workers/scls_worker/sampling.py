@@ -1,5 +1,5 @@
-"""Draws one token a row from logits. Counter-based: a function of logits, seed, token index and vocabulary id alone, so a row
-draws the same in every slice length, batch and worker that computes the same logits. Knows no rows.
+"""Draws one token a row from logits. Counter-based: a function of logits, seed, token index and vocabulary id alone, so
+a row draws the same in every slice length, batch and worker that computes the same logits. Knows no rows.
 
 Greedy is an argmax. A temperature draws by the Gumbel-max trick, as an exponential race: the id with the smallest
 `e / p` wins, `e` exponentially distributed. The random bits are integer arithmetic, equal on every device.

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
+import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -55,6 +56,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             async for message in session.outgoing():
                 yield message
+            if reader.done() and reader.exception():
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message that cannot be read")
         finally:
             reader.cancel()
             session.close()
@@ -74,6 +77,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._engine.closed(session)
 
 
+def check_address(host: str, port: int) -> None:
+    """Asks the system first: gRPC would write its own long story to stderr."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"cannot listen on {host}:{port}: {reason}") from None
+
+
 async def serve(
     info: common.WorkerInfo,
     tokenizer: list[Path],
@@ -85,7 +100,9 @@ async def serve(
     on_serving: Callable[[int], None],
     stop: asyncio.Event,
 ) -> None:
-    """Serves until `stop` is set, then ends the session with a goodbye and returns. Raises if the engine's thread failed."""
+    """Serves until `stop` is set, then ends the session with a goodbye and returns. Raises if the engine's thread
+    failed.
+    """
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -94,23 +111,24 @@ async def serve(
             ("grpc.so_reuseport", 0),
         ]
     )
-    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(info, tokenizer, engine, ring), server)
-    health_servicer = health.aio.HealthServicer()
+    worker_pb2_grpc.add_WorkerServicer_to_server(  # type: ignore[no-untyped-call]
+        WorkerService(info, tokenizer, engine, ring), server
+    )
+    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    check_address(host, port)
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError:
-        bound = 0
-    if bound == 0:
-        raise StartupError(f"cannot listen on {host}:{port}")
+    except RuntimeError as error:
+        raise StartupError(f"cannot listen on {host}:{port}: {error}") from None
     await server.start()
     for name in ("", SERVICE):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     engine.start()
     on_serving(bound)
-    done = asyncio.wrap_future(engine.done)
-    stopping = asyncio.create_task(stop.wait())
+    done: asyncio.Future[Any] = asyncio.wrap_future(engine.done)
+    stopping: asyncio.Future[Any] = asyncio.create_task(stop.wait())
     await asyncio.wait({done, stopping}, return_when=asyncio.FIRST_COMPLETED)
     await health_servicer.enter_graceful_shutdown()
     engine.stop()

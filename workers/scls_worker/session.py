@@ -1,6 +1,8 @@
-"""One router's stream between two threads: the engine's, which sends and never waits, and the event loop's, which writes.
+"""One router's stream between two threads: the engine's, which sends and never waits, and the event loop's, which
+writes.
 
-Nothing is dropped: a ring that is full makes the engine end its slice and wait for room. Does not know what messages mean.
+Nothing is dropped: a ring that is full makes the engine end its slice and wait for room. Does not know what messages
+mean.
 """
 
 import asyncio

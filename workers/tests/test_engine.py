@@ -5,7 +5,19 @@ import struct
 import pytest
 from scls_worker.proto import common_pb2 as common
 from scls_worker.proto import worker_pb2 as pb
-from worker_harness import FailingRunner, FakeSession, Router, ids_of, kinds, mock_output, of, pack, row_id, start, unpack
+from worker_harness import (
+    FailingRunner,
+    FakeSession,
+    Router,
+    ids_of,
+    kinds,
+    mock_output,
+    of,
+    pack,
+    row_id,
+    start,
+    unpack,
+)
 
 STOP, LENGTH = common.FINISH_REASON_STOP, common.FINISH_REASON_LENGTH
 CANCELLED, ERROR = common.FINISH_REASON_CANCELLED, common.FINISH_REASON_ERROR
@@ -171,7 +183,9 @@ def test_drop_of_the_last_running_row_ends_the_batch() -> None:
 def test_drop_of_held_and_planned_rows() -> None:
     router = Router()
     router.plan(1, steps=2, add=[start(1, 5, 50), start(2, 5, 50)])
-    router.plan(2, 1, keep=pb.Plan.KEEP_LIST, keep_rows=[row_id(1), row_id(2)], add=[start(3, 5, 2), start(4, 5, 2)], steps=2)
+    router.plan(
+        2, 1, keep=pb.Plan.KEEP_LIST, keep_rows=[row_id(1), row_id(2)], add=[start(3, 5, 2), start(4, 5, 2)], steps=2
+    )
     router.say(drop=pb.Drop(rows=[row_id(2), row_id(3)]))
     messages = router.run()
     first, second = of(messages, "slice_report")

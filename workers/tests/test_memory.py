@@ -1,4 +1,6 @@
-"""Memory of the engine: promises, eviction of held rows, ceilings, what is found again; and a random router against all of it."""
+"""Memory of the engine: promises, eviction of held rows, ceilings, what is found again; and a random router against all
+of it.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -84,7 +86,7 @@ def test_a_standing_plan_that_does_not_fit_is_refused_at_the_base_end() -> None:
     router.plan(1, steps=2, add=[start(1, 15, 30)])
     router.plan(2, 1, steps=20, add=[start(2, 15, 30)])
     messages = router.run()
-    assert kinds(messages)[-3:] == ["slice_report", "load", "refused"]
+    assert kinds(messages)[-3:] == ["refused", "slice_report", "load"]
     assert of(messages, "slice_report")[0].next_batch == 0 and of(messages, "refused")[0].plan_no == 2
     assert router.pool.held == 4 and router.pool.reserved == 0
     router.plan(3, 1, steps=5)
@@ -119,7 +121,9 @@ def test_hashes_are_told_before_the_report_and_evictions_too() -> None:
     messages = router.run()
     removed = [hash_ for delta in of(messages, "kv_delta") for hash_ in unpack(delta.removed_le_u64)]
     assert len(removed) == 4 and router.hashes == set(router.pool.names())
-    assert kinds(messages).index("slice_report") > max(i for i, kind in enumerate(kinds(messages)) if kind == "kv_delta")
+    assert kinds(messages).index("slice_report") > max(
+        i for i, kind in enumerate(kinds(messages)) if kind == "kv_delta"
+    )
 
 
 def test_equal_blocks_that_rows_decode_apart_become_one() -> None:
@@ -135,7 +139,9 @@ def test_equal_blocks_that_rows_decode_apart_become_one() -> None:
 
 
 def test_a_colliding_hash_is_a_miss_and_its_row_stays_unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scls_worker.rows.hash_blocks", lambda root, ids, size: [root + 1 + i for i in range(len(ids) // size)])
+    monkeypatch.setattr(
+        "scls_worker.rows.hash_blocks", lambda root, ids, size: [root + 1 + i for i in range(len(ids) // size)]
+    )
     router = Router()
     first, second = start(1, 10, 6), start(2, 10, 6)
     router.plan(1, add=[first])

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import tiny_llama
-from worker_harness import Router, ids_of, of, row_id, start
-
-from scls_worker.options import parser
+from scls_worker.options import build, parser
 from scls_worker.proto import worker_pb2 as pb
+from worker_harness import Router, ids_of, of, row_id, start
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -108,7 +107,9 @@ def test_a_warm_prefix(router: Router, plain: Any) -> None:
     second, third = start(2, follow_up, 12), start(3, follow_up, 12)
     router.plan(2, 1, add=[second, third])
     steps = of(router.run(), "step")
-    cached = {row.row.request: row.cached_tokens for step in steps for row in step.rows if row.HasField("cached_tokens")}
+    cached = {
+        row.row.request: row.cached_tokens for step in steps for row in step.rows if row.HasField("cached_tokens")
+    }
     # The third shares with the second in the very pass that computes it.
     assert cached[2] == 40 and cached[3] >= 40
     check(router, plain, second, third)
@@ -163,14 +164,33 @@ def test_draws_do_not_depend_on_slices_batches_or_places(weights: Any) -> None:
     assert router.outputs[1, 0] == outputs[0][0][5:]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda(folder: Path, plain: Any) -> None:
+    served = build(parser().parse_args(["--model", str(folder), "--device", "cuda", "--dtype", "float32"]))
+    assert served.info.blocks > 64
+    router = Router(
+        model_.ModelRunner(served.runner.model, BLOCKS, BLOCK),
+        blocks=BLOCKS,
+        vocab_size=tiny_llama.VOCAB,
+        max_context=256,
+        eos_token_ids=[],
+    )
+    rows = [row(1, 13, 20), row(2, 1, 9), row(3, 30, 12)]
+    router.plan(1, steps=7, add=rows[:2])
+    router.plan(2, 1, add=rows[2:])
+    router.run()
+    check(router, plain, *rows)
+
+
 def test_build_model(folder: Path) -> None:
-    served = model_.build_model(options(folder, "--max-context", "100", "--served-name", "a", "--served-name", "b"))
+    served = build(options(folder, "--max-context", "100", "--served-name", "a", "--served-name", "b"))
     info = served.info
     assert (info.max_context, info.blocks, list(info.eos_token_ids)) == (100, 25, [2])
     assert list(info.served_names) == ["a", "b"] and info.vocab_size == tiny_llama.VOCAB
     assert [path.name for path in served.tokenizer] == ["tokenizer.json", "generation_config.json"]
     assert (info.device, info.dtype) == ("cpu", "float32")
-    again = model_.build_model(options(folder)).info
+    again = build(options(folder)).info
     assert again.model_digest == info.model_digest and again.tokenizer_digest == info.tokenizer_digest
     assert again.worker_epoch != info.worker_epoch and list(again.served_names) == ["tiny"]
 

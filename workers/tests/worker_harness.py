@@ -1,4 +1,6 @@
-"""A router for tests: an engine on the mock runner, in process, with a clock that stands still and a session that is a list."""
+"""A router for tests: an engine on the mock runner, in process, with a clock that stands still and a session that is a
+list.
+"""
 
 import struct
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ def make_info(blocks: int = 64, **changes: Any) -> common.WorkerInfo:
         tokenizer_digest="t",
         vocab_size=VOCAB,
         eos_token_ids=[2],
-        max_context=1,
+        max_context=100000,
         block_size=4,
         blocks=blocks,
         max_rows=8,
@@ -57,10 +59,7 @@ def make_info(blocks: int = 64, **changes: Any) -> common.WorkerInfo:
         dtype="none",
         engine="test",
     )
-    info = worker_info(**{**fields, **changes})
-    # More than the pool holds, which worker_info would not promise: tests of memory want to ask for too much.
-    info.max_context = changes.get("max_context", 100000)
-    return info
+    return worker_info(**{**fields, **changes})
 
 
 def pack(ids: Sequence[int]) -> common.TokenIds:

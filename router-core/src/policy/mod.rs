@@ -146,7 +146,8 @@ mod tests {
     /// (new, queued, batch) of each candidate, and who wins under each policy at turn 0.
     #[test]
     fn one_table_for_all() {
-        let table: &[(&[(u64, u64, u64)], usize, usize)] = &[
+        type Rows = &'static [(u64, u64, u64)];
+        let table: &[(Rows, usize, usize)] = &[
             // a hit wins while the batch grows by less than the hit saves: 10 * 5 < 100 * 1 ...
             (&[(10, 0, 4), (100, 0, 0)], 0, 1),
             // ... ties at 10 * 10 = 100 * 1 (first from the turn) and loses past it

@@ -2,8 +2,8 @@
 //! cancel in the comparison, and there is no place where one could stand.
 //!
 //! `(Q + u) * (b + 1) = u*b + Q*(b + 1) + u`: the prefill this row brings stalls `b` rows that run beside it, and the
-//! row itself waits for `Q + u`. So the score is the harm done, in row-tokens (LMetric, arXiv 2603.15202, section 4;
-//! the sum form is derived here).
+//! row itself waits for `Q + u`. So the score is the harm done, in row-tokens (arXiv 2603.15202, section 4; the
+//! sum form is derived here).
 //!
 //! `u >= 1`, because an engine computes at least the last token: an empty or fully hit worker is never an absorbing
 //! zero. It misleads where few workers hold a prefix that most requests share; those cases are for the hotspot guard.

@@ -1,0 +1,436 @@
+//! One task per pool that owns its [`Scheduler`]: commands go in, actions are carried out in order.
+//!
+//! It knows which request waits on which channel and which worker hangs on which link; what runs where and when is the
+//! core's. It never waits for a client or a worker: a full channel costs the one at its other end.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use router_core::{
+    Action, BlockHash, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, Scheduler, Tokens,
+    WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tracing::{debug, error, warn};
+
+use crate::convert::{self, RowExtras};
+use crate::metrics::Metrics;
+use crate::proto::router_message::Body as ToWorker;
+use crate::proto::{self, Resync};
+
+/// Commands that may wait. Past that, arrivals are answered 429 and links wait.
+pub const COMMANDS: usize = 8192;
+/// Messages to one worker that may wait: far more than a worker that reads leaves.
+pub const LINK_MESSAGES: usize = 1024;
+/// Updates of one request that may wait for its client: some 256 KiB at a token each.
+pub const UPDATES: usize = 4096;
+/// Commands taken at once; a burst is planned once.
+const BURST: usize = 4096;
+
+/// What the dispatcher is told.
+#[derive(Debug)]
+pub enum Command {
+    /// A request.
+    Arrive(Arrival),
+    /// The client of this request went away, or its stop string matched.
+    Cancel(RequestId),
+    /// A worker's session is open.
+    Join {
+        /// What it announced.
+        spec: WorkerSpec,
+        /// Where messages for it go.
+        link: mpsc::Sender<ToWorker>,
+        /// Gets the reason if the worker is thrown out; dropped if it is given up.
+        fate: oneshot::Sender<String>,
+        /// Gets its place.
+        seat: oneshot::Sender<Seat>,
+    },
+    /// A message of a worker.
+    Message {
+        /// Whose.
+        seat: Seat,
+        /// Its place in the session.
+        seq: u64,
+        /// What.
+        message: WorkerMessage,
+    },
+    /// The session of this seat ended.
+    Lost(Seat),
+    /// What is believed of all workers.
+    Loads(oneshot::Sender<Vec<WorkerLoad>>),
+    /// Where a prompt would go now; nothing comes of it. `None` if no worker can take it.
+    Route {
+        /// Its ids.
+        prompt: Vec<u32>,
+        /// Root of its block-hash chain.
+        root: BlockHash,
+        /// Gets the decision.
+        answer: oneshot::Sender<Option<proto::Decision>>,
+    },
+    /// The pool is replaced: all ends.
+    Close,
+}
+
+/// A request with its shell part.
+#[derive(Debug)]
+pub struct Arrival {
+    /// For the core.
+    pub request: NewRequest,
+    /// For the workers.
+    pub extras: RowExtras,
+    /// For the client.
+    pub updates: mpsc::Sender<Update>,
+}
+
+/// What a client's task is told of its request.
+#[derive(Clone, Debug)]
+pub enum Update {
+    /// A row was given to a worker.
+    Placed(Arc<str>),
+    /// Tokens of a row.
+    Tokens {
+        /// The row.
+        row: RowId,
+        /// Absolute index of the first id.
+        first_index: u32,
+        /// Ids.
+        ids: Vec<u32>,
+    },
+    /// A row ended.
+    Finished {
+        /// The row.
+        row: RowId,
+        /// How.
+        end: RowEnd,
+        /// The worker that had it last.
+        worker: Option<Arc<str>>,
+    },
+    /// Nothing of the request runs.
+    Rejected(Rejection),
+    /// The client did not keep up; nothing more comes.
+    Overflow,
+}
+
+/// A worker's place in the pool for one session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seat {
+    /// Its slot in the core.
+    pub worker: WorkerId,
+    session: u64,
+}
+
+/// What others may read of the pool without asking its task.
+#[derive(Debug, Default)]
+pub struct PoolState {
+    ready: AtomicUsize,
+    members: AtomicUsize,
+    most_tokens: AtomicU64,
+}
+
+impl PoolState {
+    /// Workers that take rows.
+    pub fn ready(&self) -> usize {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Workers with an open session.
+    pub fn members(&self) -> usize {
+        self.members.load(Ordering::Relaxed)
+    }
+
+    /// Most tokens of prompt and output that some worker takes.
+    pub fn most_tokens(&self) -> Tokens {
+        Tokens(self.most_tokens.load(Ordering::Relaxed))
+    }
+}
+
+struct Session {
+    number: u64,
+    epoch: Epoch,
+    name: Arc<str>,
+    link: mpsc::Sender<ToWorker>,
+    fate: oneshot::Sender<String>,
+}
+
+/// Kept until its last row ended, client or not: a plan may still name it.
+struct Client {
+    extras: RowExtras,
+    /// `None` once nobody listens.
+    updates: Option<mpsc::Sender<Update>>,
+    rows_left: u32,
+}
+
+/// The task's state; see [`run`].
+struct Dispatcher {
+    scheduler: Scheduler,
+    policy: &'static str,
+    start: Instant,
+    seats: Vec<Option<Session>>,
+    sessions: u64,
+    clients: HashMap<RequestId, Client>,
+    wake: Option<Micros>,
+    events: Vec<Event>,
+    /// Ready workers may have changed since `state` was written.
+    stale: bool,
+    state: Arc<PoolState>,
+    metrics: Arc<Metrics>,
+}
+
+/// Runs until all senders of commands are gone or the pool is closed.
+pub async fn run(
+    scheduler: Scheduler,
+    policy: &'static str,
+    mut commands: mpsc::Receiver<Command>,
+    state: Arc<PoolState>,
+    metrics: Arc<Metrics>,
+) {
+    let mut dispatcher = Dispatcher {
+        scheduler,
+        policy,
+        start: Instant::now(),
+        seats: Vec::new(),
+        sessions: 0,
+        clients: HashMap::new(),
+        wake: None,
+        events: Vec::new(),
+        stale: false,
+        state,
+        metrics,
+    };
+    let mut burst = Vec::new();
+    loop {
+        tokio::select! {
+            taken = commands.recv_many(&mut burst, BURST) => if taken == 0 { break },
+            () = sleep_until(dispatcher.deadline()) => {}
+        }
+        for command in burst.drain(..) {
+            if matches!(command, Command::Close) {
+                return;
+            }
+            dispatcher.take(command);
+        }
+        dispatcher.flush();
+    }
+}
+
+impl Dispatcher {
+    fn now(&self) -> Micros {
+        Micros(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.wake.map(|at| self.start + Duration::from_micros(at.0))
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Arrive(arrival) => {
+                let client = Client {
+                    extras: arrival.extras,
+                    updates: Some(arrival.updates),
+                    rows_left: arrival.request.choices,
+                };
+                self.clients.insert(arrival.request.id, client);
+                self.events.push(Event::RequestArrived(arrival.request));
+            }
+            Command::Cancel(request) => self.cancel(request),
+            Command::Join { spec, link, fate, seat } => {
+                let session = Session { number: 0, epoch: spec.epoch, name: spec.name.as_str().into(), link, fate };
+                self.join(spec, session, seat);
+            }
+            Command::Message { seat, seq, message } => self.message(seat, seq, message),
+            Command::Lost(seat) => {
+                if self.session(seat).is_some() {
+                    self.lose(seat.worker);
+                }
+            }
+            Command::Loads(answer) => {
+                // The answer holds what was sent before the question.
+                self.flush();
+                let _ = answer.send(self.scheduler.loads());
+            }
+            Command::Route { prompt, root, answer } => {
+                self.flush();
+                let decision = self.scheduler.route(self.now(), &prompt, root);
+                let name = |worker| self.at(worker).map_or_else(String::new, |session| session.name.to_string());
+                let _ = answer.send(decision.map(|decision| convert::decision(&decision, name)));
+            }
+            Command::Close => {}
+        }
+    }
+
+    fn cancel(&mut self, request: RequestId) {
+        if self.clients.contains_key(&request) {
+            self.events.push(Event::Cancelled { request, choice: None });
+        }
+    }
+
+    fn join(&mut self, spec: WorkerSpec, session: Session, seat: oneshot::Sender<Seat>) {
+        // Actions for the last holder of the slot must not reach the new one.
+        self.flush();
+        let free = self.seats.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.seats.push(None);
+            self.seats.len() - 1
+        });
+        let Ok(slot) = u32::try_from(free) else { return };
+        self.sessions += 1;
+        let worker = WorkerId(slot);
+        self.seats[free] = Some(Session { number: self.sessions, ..session });
+        self.state.members.fetch_add(1, Ordering::Relaxed);
+        self.stale = true;
+        self.events.push(Event::WorkerJoined { worker, spec });
+        if let Err(seat) = seat.send(Seat { worker, session: self.sessions }) {
+            self.lose(seat.worker);
+        }
+    }
+
+    fn message(&mut self, seat: Seat, seq: u64, message: WorkerMessage) {
+        let Some(session) = self.session(seat) else { return };
+        let epoch = session.epoch;
+        let last = matches!(message, WorkerMessage::Snapshot { last: true, .. });
+        match &message {
+            WorkerMessage::SliceReported(report) => self.metrics.slice(&session.name, report),
+            WorkerMessage::Refused { plan, reason, detail, .. } => {
+                debug!(worker = %session.name, %plan, ?reason, detail, "plan refused");
+                self.metrics.refused(&session.name, *reason);
+            }
+            _ => {}
+        }
+        self.stale |= last;
+        self.events.push(Event::Worker { worker: seat.worker, epoch, seq, message });
+    }
+
+    /// The session of a seat, if it is still that session.
+    fn session(&self, seat: Seat) -> Option<&Session> {
+        let session = self.seats.get(seat.worker.0 as usize)?.as_ref()?;
+        (session.number == seat.session).then_some(session)
+    }
+
+    fn at(&self, worker: WorkerId) -> Option<&Session> {
+        self.seats.get(worker.0 as usize)?.as_ref()
+    }
+
+    /// Frees the slot and tells the core. Dropping what is given back ends the session, if it is still there.
+    fn lose(&mut self, worker: WorkerId) -> Option<Session> {
+        let session = self.seats.get_mut(worker.0 as usize).and_then(Option::take)?;
+        self.state.members.fetch_sub(1, Ordering::Relaxed);
+        self.stale = true;
+        self.events.push(Event::WorkerLost { worker, epoch: session.epoch });
+        Some(session)
+    }
+
+    /// Feeds the core with all that has happened and carries out what it wants; carrying out may itself be an event.
+    fn flush(&mut self) {
+        let mut actions = Vec::new();
+        loop {
+            let now = self.now();
+            if self.wake.is_some_and(|at| at <= now) {
+                self.wake = None;
+                self.events.push(Event::Tick);
+            }
+            if self.events.is_empty() {
+                break;
+            }
+            self.scheduler.handle_many(now, self.events.drain(..), &mut actions);
+            for action in actions.drain(..) {
+                self.perform(action);
+            }
+        }
+        if std::mem::take(&mut self.stale) {
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
+        let loads = self.scheduler.loads();
+        let ready = loads.iter().filter(|load| load.ready);
+        self.state.ready.store(ready.clone().count(), Ordering::Relaxed);
+        let most = ready.map(|load| load.spec.most_tokens()).max();
+        let most = most.or_else(|| loads.iter().map(|load| load.spec.most_tokens()).max());
+        if let Some(most) = most {
+            self.state.most_tokens.store(most.0, Ordering::Relaxed);
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Plan(worker, plan) => {
+                let clients = &self.clients;
+                let message = convert::plan(plan, |request| clients.get(&request).map(|client| &client.extras));
+                self.send(worker, message);
+            }
+            Action::Drop(worker, rows) => self.send(worker, convert::drop_rows(&rows)),
+            Action::Resync(worker) => self.send(worker, ToWorker::Resync(Resync {})),
+            Action::Quarantine(worker, why) => {
+                if let Some(session) = self.lose(worker) {
+                    error!(worker = %session.name, why, "quarantined: what the worker says cannot be true");
+                    self.metrics.quarantined(&session.name);
+                    let _ = session.fate.send(why);
+                }
+            }
+            Action::Placed(row, worker) => {
+                self.metrics.decision(self.policy);
+                if let Some(name) = self.at(worker).map(|session| Arc::clone(&session.name)) {
+                    self.update(row.request, Update::Placed(name));
+                }
+            }
+            Action::Tokens { row, first_index, ids } => {
+                self.update(row.request, Update::Tokens { row, first_index, ids });
+            }
+            Action::Finish(row, end) => self.finish(row, end),
+            Action::Reject(request, rejection) => {
+                if let Some(updates) = self.clients.remove(&request).and_then(|client| client.updates) {
+                    let _ = updates.try_send(Update::Rejected(rejection));
+                }
+            }
+            Action::WakeAt(at) => self.wake = Some(self.wake.map_or(at, |wake| wake.min(at))),
+        }
+    }
+
+    fn send(&mut self, worker: WorkerId, message: ToWorker) {
+        let Some(session) = self.at(worker) else { return };
+        if let Err(error) = session.link.try_send(message) {
+            if matches!(error, mpsc::error::TrySendError::Full(_)) {
+                warn!(worker = %session.name, "lost: the worker does not read");
+            }
+            self.lose(worker);
+        }
+    }
+
+    /// Tells a client; one that is gone or reads too slowly is cancelled. The last place of its channel is kept for
+    /// the end.
+    fn update(&mut self, request: RequestId, update: Update) {
+        let Some(client) = self.clients.get_mut(&request) else { return };
+        let Some(updates) = &client.updates else { return };
+        let full = updates.capacity() <= 1;
+        let sent = updates.try_send(if full { Update::Overflow } else { update });
+        if full || sent.is_err() {
+            client.updates = None;
+            self.events.push(Event::Cancelled { request, choice: None });
+        }
+    }
+
+    fn finish(&mut self, row: RowId, end: RowEnd) {
+        self.metrics.row_end(&end);
+        let worker = end.worker.and_then(|worker| self.at(worker)).map(|session| Arc::clone(&session.name));
+        let Some(client) = self.clients.get_mut(&row.request) else { return };
+        client.rows_left = client.rows_left.saturating_sub(1);
+        let last = client.rows_left == 0;
+        if let Some(updates) = &client.updates {
+            let _ = updates.try_send(Update::Finished { row, end, worker });
+        }
+        if last {
+            self.clients.remove(&row.request);
+        }
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,251 @@
+//! What a client can be told went wrong, and how HTTP and gRPC say it.
+//!
+//! One enum for the whole shell. It knows status codes and the OpenAI error object; it does not know who asked.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use router_core::Rejection;
+use serde_json::{Value, json};
+
+/// A failure that a client sees.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The request cannot be understood, or a value is out of range.
+    #[error("{message}")]
+    Invalid {
+        /// For people.
+        message: String,
+        /// The field at fault, where it is one field.
+        param: Option<String>,
+    },
+    /// A field that would change the answer and is not served.
+    #[error("{message}")]
+    Unsupported {
+        /// For people.
+        message: String,
+        /// The field.
+        param: String,
+    },
+    /// Prompt and limit pass what any worker takes.
+    #[error("{message}")]
+    ContextLength {
+        /// For people.
+        message: String,
+        /// The field at fault.
+        param: &'static str,
+    },
+    /// No pool serves this name.
+    #[error("the model does not exist: {0}")]
+    UnknownModel(String),
+    /// The body is larger than the limit.
+    #[error("the body is too large: more than {0} bytes")]
+    TooLarge(usize),
+    /// The client took too long to send its request.
+    #[error("the request did not arrive in time")]
+    SlowRequest,
+    /// No worker can take the request now.
+    #[error("no worker is ready")]
+    NoWorker,
+    /// The router is about to end.
+    #[error("the router is shutting down")]
+    Draining,
+    /// Too much is waiting.
+    #[error("too many requests are waiting")]
+    Overloaded {
+        /// When to come again.
+        retry_after: Duration,
+    },
+    /// The worker, or the last of those that were tried, gave up on the request.
+    #[error("a worker failed: {0}")]
+    WorkerFailed(String),
+    /// The client did not read its tokens fast enough.
+    #[error("the client reads too slowly")]
+    SlowClient,
+    /// The request ran out of time.
+    #[error("the request took longer than {} s", .0.as_secs())]
+    Timeout(Duration),
+    /// No such path.
+    #[error("no such path: {0}")]
+    NotFound(String),
+    /// The path exists, not with this method.
+    #[error("the method is not allowed here: {0}")]
+    MethodNotAllowed(String),
+    /// A bug of ours.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl Error {
+    /// A bad value of the field `param`.
+    pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), param: Some(param.into()) }
+    }
+
+    /// A bad request that is not the fault of one field.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), param: None }
+    }
+
+    /// The field `param` is not served, or not with this value.
+    pub fn unsupported(param: impl Into<String>) -> Self {
+        let param = param.into();
+        Self::Unsupported { message: format!("not supported by this server: {param}"), param }
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
+            Self::UnknownModel(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::SlowRequest | Self::SlowClient => StatusCode::REQUEST_TIMEOUT,
+            Self::NoWorker | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::WorkerFailed(_) => StatusCode::BAD_GATEWAY,
+            Self::Timeout(_) => StatusCode::GATEWAY_TIMEOUT,
+            Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The twin of the status in gRPC.
+    fn grpc_code(&self) -> tonic::Code {
+        match self {
+            Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } | Self::TooLarge(_) => {
+                tonic::Code::InvalidArgument
+            }
+            Self::UnknownModel(_) | Self::NotFound(_) => tonic::Code::NotFound,
+            Self::SlowRequest | Self::SlowClient => tonic::Code::Aborted,
+            Self::NoWorker | Self::Draining | Self::WorkerFailed(_) => tonic::Code::Unavailable,
+            Self::Overloaded { .. } => tonic::Code::ResourceExhausted,
+            Self::Timeout(_) => tonic::Code::DeadlineExceeded,
+            Self::MethodNotAllowed(_) => tonic::Code::Unimplemented,
+            Self::Internal(_) => tonic::Code::Internal,
+        }
+    }
+
+    /// OpenAI's machine-readable code.
+    fn code(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Invalid { .. } => return None,
+            Self::Unsupported { .. } => "unsupported_parameter",
+            Self::ContextLength { .. } => "context_length_exceeded",
+            Self::UnknownModel(_) => "model_not_found",
+            Self::TooLarge(_) => "body_too_large",
+            Self::SlowRequest | Self::Timeout(_) => "timeout",
+            Self::NoWorker => "no_ready_worker",
+            Self::Draining => "shutting_down",
+            Self::Overloaded { .. } => "overloaded",
+            Self::WorkerFailed(_) => "worker_failed",
+            Self::SlowClient => "slow_client",
+            Self::NotFound(_) => "not_found",
+            Self::MethodNotAllowed(_) => "method_not_allowed",
+            Self::Internal(_) => "internal_error",
+        })
+    }
+
+    fn param(&self) -> Option<&str> {
+        match self {
+            Self::Invalid { param, .. } => param.as_deref(),
+            Self::Unsupported { param, .. } => Some(param),
+            Self::ContextLength { param, .. } => Some(param),
+            Self::UnknownModel(_) => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// Seconds after which trying again makes sense, for errors that pass by themselves.
+    pub fn retry_after(&self) -> Option<u64> {
+        match self {
+            Self::NoWorker | Self::Draining => Some(1),
+            Self::Overloaded { retry_after } => Some(retry_after.as_secs_f64().ceil().clamp(1.0, 3600.0) as u64),
+            _ => None,
+        }
+    }
+
+    /// The OpenAI error object.
+    pub fn body(&self) -> Value {
+        let status = self.status();
+        let kind = match status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_client_error() => "invalid_request_error",
+            StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
+            _ => "server_error",
+        };
+        let (message, param, code) = (self.to_string(), self.param(), self.code());
+        json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(self.body())).into_response();
+        if let Some(seconds) = self.retry_after() {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+impl From<Error> for tonic::Status {
+    fn from(error: Error) -> Self {
+        let mut message = error.to_string();
+        if let Some(param) = error.param().filter(|param| !message.contains(param)) {
+            message = format!("{param}: {message}");
+        }
+        let mut status = Self::new(error.grpc_code(), message);
+        if let Some(seconds) = error.retry_after() {
+            // gRPC clients read this as "not before": the server's push-back.
+            status.metadata_mut().insert("grpc-retry-pushback-ms", (seconds * 1000).into());
+        }
+        status
+    }
+}
+
+impl From<Rejection> for Error {
+    fn from(rejection: Rejection) -> Self {
+        match rejection {
+            Rejection::NoWorker => Self::NoWorker,
+            Rejection::NeverFits { .. } => Self::ContextLength { message: rejection.to_string(), param: "max_tokens" },
+            Rejection::Overloaded { retry_after } => {
+                Self::Overloaded { retry_after: Duration::from_micros(retry_after.0) }
+            }
+            Rejection::Empty => Self::invalid("prompt", rejection.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_openai_clients_expect() {
+        let body = Error::unsupported("logit_bias").body();
+        let error = &body["error"];
+        assert_eq!(error["type"], "invalid_request_error");
+        assert_eq!(error["param"], "logit_bias");
+        assert_eq!(error["code"], "unsupported_parameter");
+        assert_eq!(Error::UnknownModel("x".into()).body()["error"]["code"], "model_not_found");
+    }
+
+    #[test]
+    fn retry_after_is_at_least_a_second() {
+        for micros in [0, 1, 999_999, 1_000_001, u64::MAX] {
+            let error = Error::Overloaded { retry_after: Duration::from_micros(micros) };
+            let seconds = error.retry_after().expect("comes with a time");
+            assert!((1..=3600).contains(&seconds), "{micros} us: {seconds}");
+            assert!(error.into_response().headers().contains_key(header::RETRY_AFTER));
+        }
+    }
+
+    #[test]
+    fn grpc_names_the_field() {
+        let status = tonic::Status::from(Error::invalid("temperature", "between 0 and 2"));
+        assert_eq!(status.code(), tonic::Code::InvalidArgument);
+        assert!(status.message().starts_with("temperature"), "{}", status.message());
+    }
+}

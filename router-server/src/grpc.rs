@@ -1,0 +1,242 @@
+//! The gRPC side: the `Router` service of the contract. What is not served yet says so.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::http::StatusCode;
+use futures::Stream;
+use tonic::{Request, Response, Status};
+
+use crate::convert;
+use crate::error::Error;
+use crate::generation::{End, Generation, Job, Piece};
+use crate::http::{App, Meter, random, random_id};
+use crate::pool::Pool;
+use crate::proto::{
+    self, FinishReason, GenerateRequest, GenerateResponse, Limits, Sampling, Usage, prompt, router_server,
+};
+
+/// Serves the contract for one router.
+pub struct Service {
+    app: Arc<App>,
+}
+
+impl Service {
+    /// Over the same state as HTTP.
+    pub fn new(app: Arc<App>) -> Self {
+        Self { app }
+    }
+
+    async fn start(&self, request: GenerateRequest, meter: &mut Meter) -> Result<Generation, Error> {
+        if self.app.draining.load(Ordering::Relaxed) {
+            return Err(Error::Draining);
+        }
+        let pool = self.app.fleet.pool(&request.model)?;
+        meter.model.clone_from(&request.model);
+        if request.n > 1 {
+            return Err(Error::unsupported("n"));
+        }
+        let sampling = sampling(request.sampling)?;
+        let limits = limits(request.limits)?;
+        if request.stop.iter().any(|stop| stop.is_empty() || stop.len() > 1024) || request.stop.len() > 16 {
+            return Err(Error::invalid("stop", "at most 16 stop strings of 1 to 1024 bytes"));
+        }
+        let prompt = ids_of(&pool, request.prompt).await?;
+        let job = Job { model: request.model, prompt: prompt.into(), sampling, limits, stop: request.stop };
+        pool.submit(job, meter.arrived)
+    }
+}
+
+async fn ids_of(pool: &Pool, prompt: Option<proto::Prompt>) -> Result<Vec<u32>, Error> {
+    match prompt.and_then(|prompt| prompt.kind) {
+        None => Err(Error::invalid("prompt", "the prompt is missing")),
+        Some(prompt::Kind::Text(text)) => pool.encode(text).await,
+        Some(prompt::Kind::Ids(ids)) => {
+            convert::token_ids(&ids).map_err(|error| Error::invalid("prompt.ids", error.to_string()))
+        }
+    }
+}
+
+/// Checks what is served and refuses the rest by name. Absent is greedy.
+fn sampling(sampling: Option<Sampling>) -> Result<Sampling, Error> {
+    let Some(sampling) = sampling else {
+        return Ok(Sampling { seed: random(), ..Sampling::default() });
+    };
+    if !(0.0..=2.0).contains(&sampling.temperature) {
+        let message = format!("temperature must be between 0 and 2: {}", sampling.temperature);
+        return Err(Error::invalid("sampling.temperature", message));
+    }
+    let set = |value: Option<f32>, off: f32| value.is_some_and(|value| value.to_bits() != off.to_bits());
+    let unserved = [
+        ("top_k", sampling.top_k != 0),
+        ("top_p", set(sampling.top_p, 1.0)),
+        ("min_p", set(sampling.min_p, 0.0)),
+        ("repetition_penalty", set(sampling.repetition_penalty, 1.0)),
+        ("presence_penalty", set(sampling.presence_penalty, 0.0)),
+        ("frequency_penalty", set(sampling.frequency_penalty, 0.0)),
+        ("logit_bias", !sampling.logit_bias.is_empty()),
+        ("logprobs", sampling.logprobs.is_some()),
+    ];
+    match unserved.iter().find(|(_, set)| *set) {
+        Some((name, _)) => Err(Error::unsupported(format!("sampling.{name}"))),
+        None => Ok(Sampling { temperature: sampling.temperature, seed: sampling.seed, ..Sampling::default() }),
+    }
+}
+
+/// Absent is the rest of the context.
+fn limits(limits: Option<Limits>) -> Result<Limits, Error> {
+    match limits {
+        None => Ok(Limits::default()),
+        Some(limits) if limits.max_tokens == 0 => Err(Error::invalid(
+            "limits.max_tokens",
+            "max_tokens must be at least 1; without limits it is the rest of the context",
+        )),
+        Some(limits) if limits.stop_token_ids.len() > 1024 => {
+            Err(Error::invalid("limits.stop_token_ids", "at most 1024 stop token ids"))
+        }
+        Some(limits) => Ok(limits),
+    }
+}
+
+fn response(request_id: &str, piece: Piece) -> GenerateResponse {
+    let finish = match &piece.end {
+        None => FinishReason::Unspecified,
+        Some(end) if end.stopped => FinishReason::Stop,
+        Some(_) => FinishReason::Length,
+    };
+    GenerateResponse {
+        request_id: request_id.to_owned(),
+        choice: 0,
+        first_index: piece.first_index,
+        ids: piece.ids,
+        text: piece.text,
+        finish: finish.into(),
+        usage: piece.end.map(|end| usage(&end)),
+    }
+}
+
+fn usage(end: &End) -> Usage {
+    let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+    Usage {
+        prompt_tokens: narrow(end.prompt_tokens),
+        completion_tokens: narrow(end.completion_tokens),
+        cached_tokens: narrow(end.cached_tokens),
+        slices: end.slices,
+        worker_id: end.worker.as_deref().unwrap_or_default().to_owned(),
+    }
+}
+
+fn unserved<T>(what: &str) -> Result<Response<T>, Status> {
+    Err(Status::unimplemented(format!("not served by this build: {what}")))
+}
+
+type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl router_server::Router for Service {
+    type GenerateStream = Responses<GenerateResponse>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        let mut request = request.into_inner();
+        let id = Some(std::mem::take(&mut request.request_id)).filter(|id| !id.is_empty()).unwrap_or_else(random_id);
+        let mut meter = Meter::new(Arc::clone(&self.app.fleet.metrics));
+        let mut generation = self.start(request, &mut meter).await.map_err(|error| {
+            meter.ended(error.status());
+            Status::from(error)
+        })?;
+        let pieces = async_stream::stream! {
+            loop {
+                match generation.next().await {
+                    Ok(piece) => {
+                        let ended = piece.end.is_some();
+                        if ended {
+                            meter.ended(StatusCode::OK);
+                        }
+                        yield Ok(response(&id, piece));
+                        if ended {
+                            break;
+                        }
+                    }
+                    Err(error) => {
+                        meter.ended(error.status());
+                        yield Err(error.into());
+                        break;
+                    }
+                }
+            }
+        };
+        Ok(Response::new(Box::pin(pieces)))
+    }
+
+    async fn route(&self, request: Request<proto::RouteRequest>) -> Result<Response<proto::Decision>, Status> {
+        let request = request.into_inner();
+        let pool = self.app.fleet.pool(&request.model)?;
+        let prompt = ids_of(&pool, request.prompt).await?;
+        Ok(Response::new(pool.route(prompt).await?))
+    }
+
+    async fn explain(&self, _: Request<proto::ExplainRequest>) -> Result<Response<proto::Decision>, Status> {
+        unserved("Explain")
+    }
+
+    async fn list_workers(
+        &self,
+        _: Request<proto::ListWorkersRequest>,
+    ) -> Result<Response<proto::ListWorkersResponse>, Status> {
+        Ok(Response::new(proto::ListWorkersResponse { workers: self.app.fleet.statuses().await }))
+    }
+
+    async fn add_worker(&self, _: Request<proto::AddWorkerRequest>) -> Result<Response<proto::WorkerStatus>, Status> {
+        unserved("AddWorker")
+    }
+
+    async fn drain_worker(
+        &self,
+        _: Request<proto::DrainWorkerRequest>,
+    ) -> Result<Response<proto::WorkerStatus>, Status> {
+        unserved("DrainWorker")
+    }
+
+    async fn remove_worker(
+        &self,
+        _: Request<proto::RemoveWorkerRequest>,
+    ) -> Result<Response<proto::WorkerStatus>, Status> {
+        unserved("RemoveWorker")
+    }
+
+    async fn register(&self, _: Request<proto::RegisterRequest>) -> Result<Response<proto::RegisterResponse>, Status> {
+        unserved("Register")
+    }
+
+    type WatchDecisionsStream = Responses<proto::Decision>;
+
+    async fn watch_decisions(
+        &self,
+        _: Request<proto::WatchDecisionsRequest>,
+    ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
+        unserved("WatchDecisions")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unserved_sampling_is_named() {
+        let greedy = Sampling { top_p: Some(1.0), min_p: Some(0.0), seed: 5, ..Sampling::default() };
+        assert_eq!(sampling(Some(greedy)).expect("neutral").seed, 5);
+        let nucleus = Sampling { top_p: Some(0.9), ..Sampling::default() };
+        assert!(sampling(Some(nucleus)).expect_err("not served").to_string().contains("sampling.top_p"));
+        for temperature in [f32::NAN, f32::INFINITY, -1.0, 2.5] {
+            sampling(Some(Sampling { temperature, ..Sampling::default() })).expect_err("out of range");
+        }
+    }
+
+    #[test]
+    fn a_limit_of_zero_is_refused() {
+        limits(Some(Limits::default())).expect_err("zero");
+        assert_eq!(limits(None).expect("absent").max_tokens, 0);
+    }
+}

@@ -1,0 +1,61 @@
+//! The shell of `scls_router`: OpenAI-compatible HTTP and gRPC in front of slice workers.
+//!
+//! It converts, calls the core, and replies. Which worker is best and what runs when is `router-core`'s. A request
+//! travels `http` or `grpc` → `pool` → `dispatch` (which owns the scheduler) → `link` → worker, and its tokens come
+//! back through `dispatch` → `generation` → `http` or `grpc`.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+pub mod cli;
+pub mod convert;
+pub mod dispatch;
+pub mod error;
+pub mod fleet;
+pub mod generation;
+pub mod grpc;
+pub mod http;
+pub mod link;
+pub mod metrics;
+pub mod mock;
+pub mod openai;
+pub mod pool;
+pub mod run;
+pub mod serve;
+pub mod stop;
+pub mod template;
+pub mod tokenizer;
+pub mod up;
+
+/// The contract's messages and services, generated.
+#[allow(missing_docs, clippy::pedantic)]
+pub mod proto {
+    tonic::include_proto!("scls.v1");
+}
+
+/// Runs the command line, the first argument being the program's name. The binary and the Python wheel's console
+/// script both end here.
+pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    ExitCode::from(exit_code_from(args))
+}
+
+/// Like [`main_from`], for callers that need the number.
+pub fn exit_code_from(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let cli = match cli::Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are "errors" with exit code 0, printed to stdout.
+            let _ = error.print();
+            return u8::try_from(error.exit_code()).unwrap_or(2);
+        }
+    };
+    match run::run(cli.command) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("error: {error}");
+            1
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! Prometheus metrics, all with the prefix `scls_router_`.
+//!
+//! Counters and histograms are fed where things happen; what is believed of workers is read from the core at a
+//! scrape. No label ever holds anything a client can choose freely: unknown models count as `unknown`.
+
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+use router_core::{Refusal, RowEnd, SliceReport, WorkerLoad};
+
+type Seconds = Counter<f64, AtomicU64>;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByRequest {
+    model: String,
+    code: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByPolicy {
+    policy: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByWorker {
+    worker: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByRefusal {
+    worker: String,
+    reason: &'static str,
+}
+
+/// All metrics of a router.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<ByRequest, Counter>,
+    request_duration: Histogram,
+    ttft: Histogram,
+    inter_token: Histogram,
+    inflight: Gauge,
+    decisions: Family<ByPolicy, Counter>,
+    prompt_new: Counter,
+    prompt_cached: Counter,
+    slices: Family<ByWorker, Counter>,
+    slice_duration: Histogram,
+    idle: Family<ByWorker, Seconds>,
+    busy: Family<ByWorker, Seconds>,
+    refused: Family<ByRefusal, Counter>,
+    quarantined: Family<ByWorker, Counter>,
+    workers: Mutex<()>,
+    gauges: Vec<WorkerGauge>,
+}
+
+/// One number of a [`WorkerLoad`] as a gauge.
+struct WorkerGauge {
+    family: Family<ByWorker, Gauge>,
+    read: fn(&WorkerLoad) -> u64,
+}
+
+/// Name, help and source of the gauges per worker.
+const GAUGES: [(&str, &str, fn(&WorkerLoad) -> u64); 9] = [
+    ("worker_ready", "1 if the worker takes rows", |load| u64::from(load.ready)),
+    ("worker_queued_tokens", "Q: prefill tokens assigned and not computed", |load| load.queued.0),
+    ("worker_batch_size", "b: rows assigned and not finished", |load| load.batch_size),
+    ("worker_work_microseconds", "W: committed work", |load| load.work.0),
+    ("worker_running_rows", "rows of the running batch", |load| load.running_rows),
+    ("worker_held_rows", "rows between slices with KV held", |load| load.held_rows),
+    ("worker_running_blocks", "blocks reserved by the running batch", |load| load.running_blocks.0),
+    ("worker_held_blocks", "blocks of held rows", |load| load.held_blocks.0),
+    ("worker_indexed_blocks", "blocks of the worker in the prefix index", |load| load.indexed.0),
+];
+
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 18))
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("scls_router");
+        macro_rules! register {
+            ($name:literal, $help:literal, $metric:expr) => {{
+                let metric = $metric;
+                registry.register($name, $help, metric.clone());
+                metric
+            }};
+        }
+        let gauges = GAUGES.map(|(name, help, read)| {
+            let family = Family::<ByWorker, Gauge>::default();
+            registry.register(name, help, family.clone());
+            WorkerGauge { family, read }
+        });
+        Self {
+            requests: register!("requests", "requests ended, by HTTP status", Family::default()),
+            request_duration: register!("request_duration_seconds", "arrival to end", seconds()),
+            ttft: register!("ttft_seconds", "arrival to first token", seconds()),
+            inter_token: register!("inter_token_latency_seconds", "gap between tokens of a row", seconds()),
+            inflight: register!("inflight_requests", "requests not ended", Gauge::default()),
+            decisions: register!("decisions", "rows given to a worker", Family::default()),
+            prompt_new: register!("prefill_tokens_new", "prompt tokens computed, of ended rows", Counter::default()),
+            prompt_cached: register!(
+                "prefix_tokens_actual",
+                "prompt tokens found cached, of ended rows",
+                Counter::default()
+            ),
+            slices: register!("slices", "batches ended", Family::default()),
+            slice_duration: register!("slice_duration_seconds", "computing time of a batch", seconds()),
+            idle: register!("worker_idle_seconds", "nothing to run between batches", Family::default()),
+            busy: register!("worker_busy_seconds", "computing", Family::default()),
+            refused: register!("plans_refused", "plans that a worker did not run", Family::default()),
+            quarantined: register!("quarantines", "links closed for what a worker said", Family::default()),
+            workers: Mutex::new(()),
+            gauges: gauges.into(),
+            registry,
+        }
+    }
+}
+
+fn by(worker: &str) -> ByWorker {
+    ByWorker { worker: worker.to_owned() }
+}
+
+impl Metrics {
+    /// A request begins; it counts as in flight until [`Metrics::ended`].
+    pub fn began(&self) {
+        self.inflight.inc();
+    }
+
+    /// A request ended.
+    pub fn ended(&self, model: &str, code: u16, took: Duration) {
+        self.inflight.dec();
+        self.requests.get_or_create_owned(&ByRequest { model: model.to_owned(), code }).inc();
+        self.request_duration.observe(took.as_secs_f64());
+    }
+
+    /// A request's first token came.
+    pub fn first_token(&self, after: Duration) {
+        self.ttft.observe(after.as_secs_f64());
+    }
+
+    /// Another token came.
+    pub fn next_token(&self, gap: Duration) {
+        self.inter_token.observe(gap.as_secs_f64());
+    }
+
+    /// A row was given to a worker.
+    pub fn decision(&self, policy: &str) {
+        self.decisions.get_or_create_owned(&ByPolicy { policy: policy.to_owned() }).inc();
+    }
+
+    /// A row ended.
+    pub fn row_end(&self, end: &RowEnd) {
+        self.prompt_new.inc_by(end.prompt.saturating_sub(end.cached).0);
+        self.prompt_cached.inc_by(end.cached.0);
+    }
+
+    /// A batch ended.
+    pub fn slice(&self, worker: &str, report: &SliceReport) {
+        let seconds = |micros: u64| Duration::from_micros(micros).as_secs_f64();
+        let busy = seconds((report.prefill + report.decode).0);
+        self.slices.get_or_create_owned(&by(worker)).inc();
+        self.slice_duration.observe(busy);
+        self.busy.get_or_create_owned(&by(worker)).inc_by(busy);
+        self.idle.get_or_create_owned(&by(worker)).inc_by(seconds(report.idle.0));
+    }
+
+    /// A worker did not run a plan.
+    pub fn refused(&self, worker: &str, reason: Refusal) {
+        let reason = match reason {
+            Refusal::Stale => "stale",
+            Refusal::NoMemory => "no_memory",
+            Refusal::TooManyRows => "too_many_rows",
+            Refusal::UnknownRow => "unknown_row",
+            Refusal::Unsupported => "unsupported",
+        };
+        self.refused.get_or_create_owned(&ByRefusal { worker: worker.to_owned(), reason }).inc();
+    }
+
+    /// A link was closed for what the worker said.
+    pub fn quarantined(&self, worker: &str) {
+        self.quarantined.get_or_create_owned(&by(worker)).inc();
+    }
+
+    /// The text of a scrape.
+    pub fn scrape(&self, loads: &[WorkerLoad]) -> String {
+        // One scrape at a time, so that none sees another's gauges half set.
+        let _one = self.workers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for gauge in &self.gauges {
+            gauge.family.clear();
+            for load in loads {
+                let value = i64::try_from((gauge.read)(load)).unwrap_or(i64::MAX);
+                gauge.family.get_or_create_owned(&by(&load.spec.name)).set(value);
+            }
+        }
+        let mut out = String::new();
+        // Writing to a string does not fail.
+        let _ = text::encode(&mut out, &self.registry);
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_the_documented_ones() {
+        let metrics = Metrics::default();
+        metrics.began();
+        metrics.ended("tiny", 200, Duration::from_millis(5));
+        metrics.decision("product");
+        let text = metrics.scrape(&[]);
+        for line in [
+            "scls_router_requests_total{model=\"tiny\",code=\"200\"} 1",
+            "scls_router_inflight_requests 0",
+            "scls_router_decisions_total{policy=\"product\"} 1",
+            "scls_router_request_duration_seconds_count 1",
+            "# TYPE scls_router_worker_queued_tokens gauge",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,851 @@
+//! OpenAI's requests and answers: what is read of a body, and what is written.
+//!
+//! Every field is either served, or neutral, or refused by name: nothing that would change the answer is passed over
+//! in silence. Knows JSON and values' ranges; does not know models.
+
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value, json};
+
+use crate::error::Error;
+use crate::generation::End;
+
+/// Most stop strings, and most bytes of one.
+const MOST_STOPS: (usize, usize) = (16, 1024);
+/// Most messages of a conversation.
+const MOST_MESSAGES: usize = 65_536;
+
+/// The body of `POST /v1/completions`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// The model's name.
+    pub model: String,
+    /// Text or ids.
+    pub prompt: Prompt,
+    /// All else.
+    pub params: Params,
+}
+
+/// The body of `POST /v1/chat/completions`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chat {
+    /// The model's name.
+    pub model: String,
+    /// The conversation, each message an object with a role.
+    pub messages: Vec<Value>,
+    /// Tool schemas for the template.
+    pub tools: Option<Value>,
+    /// All else.
+    pub params: Params,
+}
+
+/// A prompt as it comes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prompt {
+    /// To be tokenised.
+    Text(String),
+    /// Tokenised by the client.
+    Ids(Vec<u32>),
+    /// Neither; what it is instead.
+    Other(&'static str),
+    /// More than one prompt.
+    Several,
+}
+
+/// Fields that both bodies have.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params {
+    /// Most output tokens, if the client says.
+    pub max_tokens: Option<u32>,
+    /// Tokens before which nothing ends the output.
+    pub min_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// For the draws; the router draws one if the client does not say.
+    pub seed: Option<u64>,
+    /// Stop strings.
+    pub stop: Vec<String>,
+    /// Ids that end the output.
+    pub stop_token_ids: Vec<u32>,
+    /// Go on past the end-of-text token.
+    pub ignore_eos: bool,
+    /// Answer as server-sent events.
+    pub stream: bool,
+    /// With a last event that has the usage.
+    pub include_usage: bool,
+    /// Give the ids beside the text.
+    pub return_token_ids: bool,
+}
+
+/// A body as it was parsed: the prompt apart, because a list of a million ids as JSON values would take a hundred
+/// times its size.
+struct Body {
+    prompt: Option<Prompt>,
+    fields: Map<String, Value>,
+}
+
+impl<'de> Deserialize<'de> for Body {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Body;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
+                let mut body = Body { prompt: None, fields: Map::new() };
+                while let Some(key) = map.next_key::<String>()? {
+                    if key == "prompt" {
+                        body.prompt = Some(map.next_value()?);
+                    } else {
+                        body.fields.insert(key, map.next_value()?);
+                    }
+                }
+                Ok(body)
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+impl<'de> Deserialize<'de> for Prompt {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(PromptVisitor)
+    }
+}
+
+struct PromptVisitor;
+
+impl<'de> Visitor<'de> for PromptVisitor {
+    type Value = Prompt;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("a prompt")
+    }
+    fn visit_str<E>(self, text: &str) -> Result<Prompt, E> {
+        Ok(Prompt::Text(text.to_owned()))
+    }
+    fn visit_string<E>(self, text: String) -> Result<Prompt, E> {
+        Ok(Prompt::Text(text))
+    }
+    fn visit_bool<E>(self, _: bool) -> Result<Prompt, E> {
+        Ok(Prompt::Other("a boolean"))
+    }
+    fn visit_i64<E>(self, _: i64) -> Result<Prompt, E> {
+        Ok(Prompt::Other("a number"))
+    }
+    fn visit_u64<E>(self, _: u64) -> Result<Prompt, E> {
+        Ok(Prompt::Other("a number"))
+    }
+    fn visit_f64<E>(self, _: f64) -> Result<Prompt, E> {
+        Ok(Prompt::Other("a number"))
+    }
+    fn visit_unit<E>(self) -> Result<Prompt, E> {
+        Ok(Prompt::Other("null"))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Prompt, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Prompt::Other("an object"))
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
+        let mut ids = Vec::new();
+        let mut other = None;
+        let mut nested: Option<Prompt> = None;
+        while let Some(item) = seq.next_element::<Item>()? {
+            match item {
+                Item::Id(id) if nested.is_none() => ids.push(id),
+                Item::Prompt(prompt) if nested.is_none() && ids.is_empty() => nested = Some(prompt),
+                Item::Prompt(_) if nested.is_some() => other = other.or(Some(Prompt::Several)),
+                _ => other = Some(Prompt::Other("a list with items that are no token ids")),
+            }
+        }
+        Ok(other.or(nested).unwrap_or(Prompt::Ids(ids)))
+    }
+}
+
+/// An item of a list that stands for a prompt.
+enum Item {
+    Id(u32),
+    Prompt(Prompt),
+    Other,
+}
+
+impl<'de> Deserialize<'de> for Item {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ItemVisitor;
+        impl<'de> Visitor<'de> for ItemVisitor {
+            type Value = Item;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a token id or a prompt")
+            }
+            fn visit_u64<E>(self, id: u64) -> Result<Item, E> {
+                Ok(u32::try_from(id).map_or(Item::Other, Item::Id))
+            }
+            fn visit_i64<E>(self, _: i64) -> Result<Item, E> {
+                Ok(Item::Other)
+            }
+            fn visit_f64<E>(self, _: f64) -> Result<Item, E> {
+                Ok(Item::Other)
+            }
+            fn visit_bool<E>(self, _: bool) -> Result<Item, E> {
+                Ok(Item::Other)
+            }
+            fn visit_unit<E>(self) -> Result<Item, E> {
+                Ok(Item::Other)
+            }
+            fn visit_str<E>(self, text: &str) -> Result<Item, E> {
+                Ok(Item::Prompt(Prompt::Text(text.to_owned())))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Item, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Item::Other)
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Item, A::Error> {
+                let mut ids = Vec::new();
+                let mut whole = true;
+                while let Some(id) = seq.next_element::<Value>()? {
+                    match id.as_u64().and_then(|id| u32::try_from(id).ok()) {
+                        Some(id) => ids.push(id),
+                        None => whole = false,
+                    }
+                }
+                Ok(if whole { Item::Prompt(Prompt::Ids(ids)) } else { Item::Other })
+            }
+        }
+        deserializer.deserialize_any(ItemVisitor)
+    }
+}
+
+/// The fields of a body, taken one by one; what is left over at the end was not expected.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// A field's value; `null` is absence.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.shift_remove(name).filter(|value| !value.is_null())
+    }
+
+    fn string(&mut self, name: &str) -> Result<Option<String>, Error> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(wrong(name, "a string", &other)),
+        }
+    }
+
+    fn flag(&mut self, name: &str) -> Result<bool, Error> {
+        match self.take(name) {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(flag),
+            Some(other) => Err(wrong(name, "a boolean", &other)),
+        }
+    }
+
+    fn count(&mut self, name: &str, least: u32) -> Result<Option<u32>, Error> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        let Value::Number(number) = &value else {
+            return Err(wrong(name, "an integer", &value));
+        };
+        match number.as_u64().and_then(|count| u32::try_from(count).ok()) {
+            Some(count) if count >= least => Ok(Some(count)),
+            _ => Err(Error::invalid(name, format!("{name} must be an integer from {least} to {}: {number}", u32::MAX))),
+        }
+    }
+
+    fn temperature(&mut self) -> Result<f32, Error> {
+        let Some(value) = self.take("temperature") else { return Ok(1.0) };
+        match value.as_f64() {
+            Some(temperature) if (0.0..=2.0).contains(&temperature) => Ok(temperature as f32),
+            Some(temperature) => {
+                Err(Error::invalid("temperature", format!("temperature must be between 0 and 2: {temperature}")))
+            }
+            None => Err(wrong("temperature", "a number", &value)),
+        }
+    }
+
+    fn seed(&mut self) -> Result<Option<u64>, Error> {
+        let Some(value) = self.take("seed") else { return Ok(None) };
+        // Negative seeds are as good as others.
+        let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
+        seed.map(Some).ok_or_else(|| wrong("seed", "an integer of 64 bits", &value))
+    }
+
+    fn stop(&mut self) -> Result<Vec<String>, Error> {
+        let stops = match self.take("stop") {
+            None => return Ok(Vec::new()),
+            Some(Value::String(stop)) => vec![stop],
+            Some(Value::Array(stops)) => {
+                let text = |stop| match stop {
+                    Value::String(text) => Ok(text),
+                    other => Err(wrong("stop", "a list of strings", &other)),
+                };
+                stops.into_iter().map(text).collect::<Result<_, _>>()?
+            }
+            Some(other) => return Err(wrong("stop", "a string or a list of strings", &other)),
+        };
+        let (most, longest) = MOST_STOPS;
+        if stops.len() > most {
+            return Err(Error::invalid("stop", format!("more than {most} stop strings: {}", stops.len())));
+        }
+        if let Some(stop) = stops.iter().find(|stop| stop.is_empty() || stop.len() > longest) {
+            return Err(Error::invalid("stop", format!("a stop string has 1 to {longest} bytes: {}", stop.len())));
+        }
+        Ok(stops)
+    }
+
+    fn stop_token_ids(&mut self) -> Result<Vec<u32>, Error> {
+        let ids = match self.take("stop_token_ids") {
+            None => return Ok(Vec::new()),
+            Some(Value::Array(ids)) if ids.len() <= 1024 => ids,
+            Some(other) => return Err(wrong("stop_token_ids", "a list of at most 1024 token ids", &other)),
+        };
+        let id = |id: Value| {
+            let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            number.ok_or_else(|| wrong("stop_token_ids", "a list of token ids", &id))
+        };
+        ids.into_iter().map(id).collect()
+    }
+
+    fn include_usage(&mut self, stream: bool) -> Result<bool, Error> {
+        let options = match self.take("stream_options") {
+            None => return Ok(false),
+            Some(Value::Object(_)) if !stream => {
+                return Err(Error::invalid("stream_options", "stream_options needs stream: true"));
+            }
+            Some(Value::Object(options)) => options,
+            Some(other) => return Err(wrong("stream_options", "an object", &other)),
+        };
+        let mut options = Self(options);
+        let include = options.flag("include_usage")?;
+        // It pads events to hide their lengths; to be without it is the answer of most servers.
+        let _ = options.flag("include_obfuscation")?;
+        match options.0.into_iter().find(|(_, value)| !value.is_null()) {
+            Some((name, _)) => Err(Error::unsupported(format!("stream_options.{name}"))),
+            None => Ok(include),
+        }
+    }
+
+    fn params(&mut self) -> Result<Params, Error> {
+        let max_tokens = self.count("max_tokens", 1)?;
+        let max_completion_tokens = self.count("max_completion_tokens", 1)?;
+        let stream = self.flag("stream")?;
+        Ok(Params {
+            // The new name wins where both are given, as at OpenAI.
+            max_tokens: max_completion_tokens.or(max_tokens),
+            min_tokens: self.count("min_tokens", 0)?.unwrap_or(0),
+            temperature: self.temperature()?,
+            seed: self.seed()?,
+            stop: self.stop()?,
+            stop_token_ids: self.stop_token_ids()?,
+            ignore_eos: self.flag("ignore_eos")?,
+            include_usage: self.include_usage(stream)?,
+            stream,
+            return_token_ids: self.flag("return_token_ids")?,
+        })
+    }
+
+    fn model(&mut self) -> Result<String, Error> {
+        let model = self.string("model")?.ok_or_else(|| Error::invalid("model", "the model is missing"))?;
+        if model.is_empty() { Err(Error::invalid("model", "the model's name is empty")) } else { Ok(model) }
+    }
+
+    /// Refuses what is left over, unless it says what would be done without it.
+    fn nothing_else(self, with_tools: bool) -> Result<(), Error> {
+        for (name, value) in self.0 {
+            if !value.is_null() && !is_neutral(&name, &value, with_tools) {
+                return Err(Error::unsupported(name));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a field that is not served asks for nothing that is not done anyway.
+fn is_neutral(name: &str, value: &Value, with_tools: bool) -> bool {
+    let number = |neutral: &[f64]| value.as_f64().is_some_and(|value| neutral.contains(&value));
+    match name {
+        // Who asks, and for what, does not change the answer.
+        "user" | "safety_identifier" | "prompt_cache_key" => value.is_string(),
+        "metadata" => value.is_object(),
+        "n" | "best_of" | "top_p" | "repetition_penalty" | "length_penalty" => number(&[1.0]),
+        "top_k" => number(&[0.0, -1.0]),
+        "min_p" | "presence_penalty" | "frequency_penalty" | "top_logprobs" | "priority" => number(&[0.0]),
+        "logit_bias" | "chat_template_kwargs" | "scls" => value.as_object().is_some_and(Map::is_empty),
+        "logprobs"
+        | "echo"
+        | "store"
+        | "use_beam_search"
+        | "include_stop_str_in_output"
+        | "early_stopping"
+        | "continue_final_message" => value == &json!(false),
+        "skip_special_tokens"
+        | "spaces_between_special_tokens"
+        | "add_generation_prompt"
+        | "detokenize"
+        | "parallel_tool_calls" => value == &json!(true),
+        "suffix" => value == &json!(""),
+        "response_format" => value == &json!({"type": "text"}),
+        "modalities" => value == &json!(["text"]),
+        "service_tier" => value == &json!("auto") || value == &json!("default"),
+        // Tool calls are the model's text, not parsed: with tools the model decides.
+        "tool_choice" => value == &json!("auto") || (!with_tools && value == &json!("none")),
+        _ => false,
+    }
+}
+
+fn wrong(name: &str, want: &str, got: &Value) -> Error {
+    let got = match got {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    };
+    Error::invalid(name, format!("{name} must be {want}: {got}"))
+}
+
+fn parse(body: &[u8]) -> Result<Body, Error> {
+    serde_json::from_slice(body).map_err(|error| Error::bad_request(format!("the body is not a JSON object: {error}")))
+}
+
+impl Completion {
+    /// Reads and checks a body.
+    pub fn parse(body: &[u8]) -> Result<Self, Error> {
+        let body = parse(body)?;
+        let mut fields = Fields(body.fields);
+        let model = fields.model()?;
+        let prompt = match body.prompt {
+            None | Some(Prompt::Other("null")) => return Err(Error::invalid("prompt", "the prompt is missing")),
+            Some(Prompt::Other(what)) => {
+                return Err(Error::invalid(
+                    "prompt",
+                    format!("the prompt must be a string or a list of token ids: {what}"),
+                ));
+            }
+            Some(Prompt::Several) => {
+                let message = "one prompt a request is supported".to_owned();
+                return Err(Error::Unsupported { message, param: "prompt".into() });
+            }
+            Some(prompt) => prompt,
+        };
+        if matches!(&prompt, Prompt::Text(text) if text.is_empty()) || prompt == Prompt::Ids(Vec::new()) {
+            return Err(Error::invalid("prompt", "the prompt is empty"));
+        }
+        let params = fields.params()?;
+        // For completions only: a chat's template says where special tokens stand.
+        if fields.0.get("add_special_tokens") == Some(&json!(true)) {
+            fields.0.shift_remove("add_special_tokens");
+        }
+        fields.nothing_else(false)?;
+        Ok(Self { model, prompt, params })
+    }
+}
+
+impl Chat {
+    /// Reads and checks a body.
+    pub fn parse(body: &[u8]) -> Result<Self, Error> {
+        let body = parse(body)?;
+        if body.prompt.is_some() {
+            return Err(Error::unsupported("prompt"));
+        }
+        let mut fields = Fields(body.fields);
+        let model = fields.model()?;
+        let messages = match fields.take("messages") {
+            None => return Err(Error::invalid("messages", "the messages are missing")),
+            Some(Value::Array(messages)) => messages,
+            Some(other) => return Err(wrong("messages", "a list", &other)),
+        };
+        if messages.is_empty() || messages.len() > MOST_MESSAGES {
+            let message = format!("there must be 1 to {MOST_MESSAGES} messages: {}", messages.len());
+            return Err(Error::invalid("messages", message));
+        }
+        messages.iter().enumerate().try_for_each(|(at, message)| check_message(at, message))?;
+        let tools = match fields.take("tools") {
+            None => None,
+            Some(Value::Array(tools)) if tools.is_empty() => None,
+            Some(Value::Array(tools)) => {
+                tools.iter().enumerate().try_for_each(|(at, tool)| check_tool(at, tool))?;
+                Some(Value::Array(tools))
+            }
+            Some(other) => return Err(wrong("tools", "a list", &other)),
+        };
+        let params = fields.params()?;
+        if fields.0.get("add_special_tokens") == Some(&json!(false)) {
+            fields.0.shift_remove("add_special_tokens");
+        }
+        fields.nothing_else(tools.is_some())?;
+        Ok(Self { model, messages, tools, params })
+    }
+}
+
+fn check_message(at: usize, message: &Value) -> Result<(), Error> {
+    let place = |field: &str| format!("messages[{at}]{field}");
+    if !message.is_object() {
+        return Err(wrong(&place(""), "an object", message));
+    }
+    match message["role"].as_str() {
+        Some("system" | "developer" | "user" | "assistant" | "tool" | "function") => {}
+        Some(role) => return Err(Error::invalid(place(".role"), format!("an unknown role: {role}"))),
+        None => return Err(wrong(&place(".role"), "a string", &message["role"])),
+    }
+    match &message["content"] {
+        Value::String(_) => {}
+        // Only a message of something else, such as calls, goes without content.
+        Value::Null if message["role"] == "assistant" => {}
+        Value::Array(parts) => {
+            for part in parts {
+                match (part["type"].as_str(), &part["text"]) {
+                    (Some("text"), Value::String(_)) => {}
+                    (Some("text"), other) => return Err(wrong(&place(".content"), "parts with a text", other)),
+                    (Some(kind), _) => {
+                        let message = format!("parts of type text are supported: {kind}");
+                        return Err(Error::Unsupported { message, param: place(".content") });
+                    }
+                    (None, _) => return Err(wrong(&place(".content"), "parts with a type", &part["type"])),
+                }
+            }
+        }
+        other => return Err(wrong(&place(".content"), "a string or a list of parts", other)),
+    }
+    match &message["tool_calls"] {
+        Value::Null => Ok(()),
+        Value::Array(calls) => match calls.iter().find(|call| !call["function"]["name"].is_string()) {
+            Some(_) => Err(Error::invalid(place(".tool_calls"), "a tool call has a function with a name")),
+            None => Ok(()),
+        },
+        other => Err(wrong(&place(".tool_calls"), "a list", other)),
+    }
+}
+
+fn check_tool(at: usize, tool: &Value) -> Result<(), Error> {
+    let place = format!("tools[{at}]");
+    if tool["type"] != "function" {
+        return Err(Error::Unsupported {
+            message: format!("tools of type function are supported: {place}"),
+            param: place,
+        });
+    }
+    if !tool["function"]["name"].is_string() {
+        return Err(Error::invalid(place, "a tool has a function with a name"));
+    }
+    Ok(())
+}
+
+/// Which of the two endpoints answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `/v1/completions`.
+    Completion,
+    /// `/v1/chat/completions`.
+    Chat,
+}
+
+/// What all parts of one answer have in common.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The endpoint.
+    pub kind: Kind,
+    /// The answer's id.
+    pub id: String,
+    /// The model's name as it was asked for.
+    pub model: String,
+    /// Unix seconds.
+    pub created: u64,
+    /// The client wants `"usage": null` in all events but the last.
+    pub include_usage: bool,
+    /// The client wants ids.
+    pub token_ids: bool,
+}
+
+fn finish_reason(end: Option<&End>) -> Value {
+    match end {
+        None => Value::Null,
+        Some(end) if end.stopped => json!("stop"),
+        Some(_) => json!("length"),
+    }
+}
+
+/// OpenAI's usage object.
+pub fn usage(end: &End) -> Value {
+    json!({
+        "prompt_tokens": end.prompt_tokens,
+        "completion_tokens": end.completion_tokens,
+        "total_tokens": end.prompt_tokens + end.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
+    })
+}
+
+/// Our own part of an answer.
+fn scls(end: &End) -> Value {
+    let ttft_ms = end.ttft.map(|ttft| (ttft.as_secs_f64() * 1e6).round() / 1e3);
+    json!({"worker": end.worker.as_deref(), "slices": end.slices, "ttft_ms": ttft_ms})
+}
+
+impl Answer {
+    fn envelope(&self, object: &str, choices: Value) -> Value {
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices})
+    }
+
+    /// The whole answer at once.
+    pub fn whole(&self, text: &str, ids: &[u32], end: &End) -> Value {
+        let mut choice = match self.kind {
+            Kind::Completion => json!({"index": 0, "text": text}),
+            Kind::Chat => json!({"index": 0, "message": {"role": "assistant", "content": text, "refusal": null}}),
+        };
+        choice["logprobs"] = Value::Null;
+        choice["finish_reason"] = finish_reason(Some(end));
+        if self.token_ids {
+            choice["token_ids"] = json!(ids);
+        }
+        let object = match self.kind {
+            Kind::Completion => "text_completion",
+            Kind::Chat => "chat.completion",
+        };
+        let mut answer = self.envelope(object, json!([choice]));
+        answer["usage"] = usage(end);
+        answer["scls"] = scls(end);
+        answer
+    }
+
+    fn chunk(&self, choices: Value) -> Value {
+        let object = match self.kind {
+            Kind::Completion => "text_completion",
+            Kind::Chat => "chat.completion.chunk",
+        };
+        let mut chunk = self.envelope(object, choices);
+        if self.include_usage {
+            chunk["usage"] = Value::Null;
+        }
+        chunk
+    }
+
+    /// The first event of a chat's stream: whose message it is.
+    pub fn opening(&self) -> Option<Value> {
+        let delta = json!({"role": "assistant", "content": ""});
+        let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": null});
+        (self.kind == Kind::Chat).then(|| self.chunk(json!([choice])))
+    }
+
+    /// An event with text, with ids if they are wanted, or with the reason of the end.
+    pub fn event(&self, text: &str, ids: &[u32], end: Option<&End>) -> Value {
+        let mut choice = match self.kind {
+            Kind::Completion => json!({"index": 0, "text": text}),
+            Kind::Chat if text.is_empty() => json!({"index": 0, "delta": {}}),
+            Kind::Chat => json!({"index": 0, "delta": {"content": text}}),
+        };
+        choice["logprobs"] = Value::Null;
+        choice["finish_reason"] = finish_reason(end);
+        if self.token_ids {
+            choice["token_ids"] = json!(ids);
+        }
+        self.chunk(json!([choice]))
+    }
+
+    /// The last event, if the client wants the usage.
+    pub fn closing(&self, end: &End) -> Option<Value> {
+        self.include_usage.then(|| {
+            let mut chunk = self.chunk(json!([]));
+            chunk["usage"] = usage(end);
+            chunk["scls"] = scls(end);
+            chunk
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn completion(extra: &str) -> Result<Completion, Error> {
+        let comma = if extra.is_empty() { "" } else { "," };
+        Completion::parse(format!(r#"{{"model": "tiny", "prompt": "hi"{comma} {extra}}}"#).as_bytes())
+    }
+
+    fn chat(extra: &str) -> Result<Chat, Error> {
+        Chat::parse(
+            format!(r#"{{"model": "tiny", "messages": [{{"role": "user", "content": "hi"}}], {extra}}}"#).as_bytes(),
+        )
+    }
+
+    fn at_fault(error: &Error) -> (u16, Value) {
+        (error.status().as_u16(), error.body()["error"]["param"].clone())
+    }
+
+    #[test]
+    fn values_out_of_range_are_named() {
+        let table = [
+            (r#""max_tokens": 0"#, "max_tokens"),
+            (r#""max_tokens": -1"#, "max_tokens"),
+            (r#""max_tokens": 4294967296"#, "max_tokens"),
+            (r#""max_tokens": 1.5"#, "max_tokens"),
+            (r#""max_tokens": "5""#, "max_tokens"),
+            (r#""max_completion_tokens": 0"#, "max_completion_tokens"),
+            (r#""min_tokens": -1"#, "min_tokens"),
+            (r#""temperature": -0.1"#, "temperature"),
+            (r#""temperature": 2.1"#, "temperature"),
+            (r#""temperature": "warm""#, "temperature"),
+            (r#""seed": 1.5"#, "seed"),
+            (r#""stop": 5"#, "stop"),
+            (r#""stop": [5]"#, "stop"),
+            (r#""stop": """#, "stop"),
+            (r#""stop_token_ids": [-1]"#, "stop_token_ids"),
+            (r#""stream": "yes""#, "stream"),
+            (r#""stream_options": {"include_usage": true}"#, "stream_options"),
+            (r#""ignore_eos": 1"#, "ignore_eos"),
+        ];
+        for (field, param) in table {
+            let error = completion(field).expect_err(field);
+            assert_eq!(at_fault(&error), (400, json!(param)), "{field}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_would_change_the_answer_is_unsupported() {
+        let table = [
+            (r#""top_p": 0.9"#, "top_p"),
+            (r#""top_k": 40"#, "top_k"),
+            (r#""n": 2"#, "n"),
+            (r#""logprobs": 5"#, "logprobs"),
+            (r#""logit_bias": {"5": 1}"#, "logit_bias"),
+            (r#""presence_penalty": 0.5"#, "presence_penalty"),
+            (r#""echo": true"#, "echo"),
+            (r#""suffix": "x""#, "suffix"),
+            (r#""guided_json": {}"#, "guided_json"),
+            (r#""no_such_field": 1"#, "no_such_field"),
+        ];
+        for (field, param) in table {
+            let error = completion(field).expect_err(field);
+            assert_eq!(at_fault(&error), (400, json!(param)), "{field}");
+            assert_eq!(error.body()["error"]["code"], "unsupported_parameter");
+        }
+        for field in
+            [r#""response_format": {"type": "json_object"}"#, r#""logprobs": true"#, r#""tool_choice": "required""#]
+        {
+            chat(field).expect_err(field);
+        }
+    }
+
+    #[test]
+    fn neutral_values_are_accepted() {
+        for field in [
+            r#""top_p": 1"#,
+            r#""top_p": 1.0, "top_k": -1, "n": 1, "user": "me""#,
+            r#""logit_bias": {}"#,
+            r#""suffix": null"#,
+            r#""unknown": null"#,
+            r#""presence_penalty": 0.0, "frequency_penalty": 0"#,
+            r#""best_of": 1, "echo": false"#,
+            r#""temperature": 0, "seed": -5, "stop": ["a", "b"], "max_tokens": 4294967295"#,
+            "",
+            r#""stream": true, "stream_options": {"include_usage": true, "include_obfuscation": false}"#,
+        ] {
+            completion(field).expect(field);
+        }
+        chat(r#""response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": true"#)
+            .expect("neutral");
+    }
+
+    #[test]
+    fn broken_bodies_are_bad_requests() {
+        let bodies: [&[u8]; 11] = [
+            b"",
+            b"{",
+            b"[]",
+            b"5",
+            b"null",
+            br#"{"model": "tiny", "prompt": "hi", "temperature": NaN}"#,
+            br#"{"model": "tiny", "prompt": "hi", "temperature": 1e999}"#,
+            b"{\"model\": \"\xff\", \"prompt\": \"a\"}",
+            b"{\"model\": \"tiny\", \"prompt\": \"\xc3\x28\"}",
+            br#"{"model": "tiny", "prompt": "\ud800"}"#,
+            br#"{"model": "tiny", "prompt": "hi"} x"#,
+        ];
+        for body in bodies {
+            let error = Completion::parse(body).expect_err("broken");
+            assert_eq!(error.status(), 400);
+            assert_eq!(error.body()["error"]["type"], "invalid_request_error");
+        }
+        let deep =
+            format!("{{\"model\": \"tiny\", \"prompt\": \"a\", \"x\": {}1{}}}", "[".repeat(10_000), "]".repeat(10_000));
+        Completion::parse(deep.as_bytes()).expect_err("too deep");
+    }
+
+    #[test]
+    fn prompts_come_in_four_forms() {
+        let parse = |prompt: &str| Completion::parse(format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#).as_bytes());
+        assert_eq!(parse(r#""hi""#).expect("text").prompt, Prompt::Text("hi".into()));
+        assert_eq!(parse("[1, 2]").expect("ids").prompt, Prompt::Ids(vec![1, 2]));
+        assert_eq!(parse(r#"["hi"]"#).expect("one text").prompt, Prompt::Text("hi".into()));
+        assert_eq!(parse("[[1, 2]]").expect("one list").prompt, Prompt::Ids(vec![1, 2]));
+        for wrong in [
+            r#""""#,
+            "[]",
+            "[[]]",
+            r#"["a", "b"]"#,
+            "[[1], [2]]",
+            r#"[1, "a"]"#,
+            r#"["a", 1]"#,
+            "[-1]",
+            "[1.5]",
+            "[4294967296]",
+            "[null]",
+            "[true]",
+            "[{}]",
+            "5",
+            "null",
+            "{}",
+            "true",
+            "[[1, \"a\"]]",
+            "[[[1]]]",
+        ] {
+            let error = parse(wrong).expect_err(wrong);
+            assert_eq!(at_fault(&error), (400, json!("prompt")), "{wrong}");
+        }
+        assert_eq!(at_fault(&Completion::parse(br#"{"model": "tiny"}"#).expect_err("missing")), (400, json!("prompt")));
+    }
+
+    #[test]
+    fn messages_are_checked() {
+        let parse = |messages: &str| Chat::parse(format!(r#"{{"model": "tiny", "messages": {messages}}}"#).as_bytes());
+        for right in [
+            r#"[{"role": "user", "content": "hi"}]"#,
+            r#"[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]"#,
+            r#"[{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+                {"role": "tool", "tool_call_id": "1", "content": "ok"}]"#,
+        ] {
+            parse(right).expect(right);
+        }
+        for (wrong, param) in [
+            ("[]", "messages"),
+            ("{}", "messages"),
+            ("[5]", "messages[0]"),
+            (r#"[{"content": "hi"}]"#, "messages[0].role"),
+            (r#"[{"role": "king", "content": "hi"}]"#, "messages[0].role"),
+            (r#"[{"role": "user", "content": null}]"#, "messages[0].content"),
+            (r#"[{"role": "user", "content": 5}]"#, "messages[0].content"),
+            (
+                r#"[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]"#,
+                "messages[0].content",
+            ),
+            (r#"[{"role": "user", "content": [{"type": "text"}]}]"#, "messages[0].content"),
+            (r#"[{"role": "assistant", "content": "a", "tool_calls": {}}]"#, "messages[0].tool_calls"),
+            (r#"[{"role": "assistant", "content": "a", "tool_calls": [{}]}]"#, "messages[0].tool_calls"),
+        ] {
+            let error = parse(wrong).expect_err(wrong);
+            assert_eq!(at_fault(&error), (400, json!(param)), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn tools_are_checked() {
+        let tool = r#"{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}"#;
+        assert!(chat(&format!(r#""tools": [{tool}]"#)).expect("a tool").tools.is_some());
+        assert!(chat(r#""tools": []"#).expect("no tools").tools.is_none());
+        for wrong in
+            [r#""tools": {}"#, r#""tools": [5]"#, r#""tools": [{"type": "function"}]"#, r#""tools": [{"type": "web"}]"#]
+        {
+            chat(wrong).expect_err(wrong);
+        }
+        chat(&format!(r#""tools": [{tool}], "tool_choice": "none""#)).expect_err("the tools are in the prompt");
+    }
+}

@@ -1,0 +1,278 @@
+//! A model pool as the front ends see it: names, tokenizer, template, and a way in.
+//!
+//! Knows what the pool's workers have in common. The scheduling of it lives in its dispatcher's task.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use router_core::{BlockHash, Config, ModelSpec, NewRequest, RequestId, Scheduler, Tokens, WorkerLoad, hash_root};
+use serde_json::Value as Json;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::convert::RowExtras;
+use crate::dispatch::{self, Arrival, COMMANDS, Command, PoolState, UPDATES};
+use crate::error::Error;
+use crate::generation::{Generation, Job, Start};
+use crate::metrics::Metrics;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+
+/// Texts that are tokenised or rendered at once; more wait. It is work for a processor, so more would gain nothing.
+const ENCODERS: usize = 4;
+/// Texts that may wait for that; more are answered 429.
+const WAITING: usize = 256;
+
+/// The files of a model directory that the router needs, by name.
+pub type Files = HashMap<String, Vec<u8>>;
+
+/// Workers that serve the same model.
+pub struct Pool {
+    /// Names it is asked for by.
+    pub names: Vec<String>,
+    /// What its workers agree on.
+    pub model: ModelSpec,
+    /// When it came to be, in unix seconds.
+    pub created: u64,
+    /// What may be read of it at any time.
+    pub state: Arc<PoolState>,
+    /// Into its dispatcher.
+    pub commands: mpsc::Sender<Command>,
+    root: BlockHash,
+    text: Arc<Text>,
+    encoders: Arc<Semaphore>,
+    waiting: Semaphore,
+    next_request: AtomicU64,
+    metrics: Arc<Metrics>,
+    timeout: Duration,
+}
+
+/// Tokenizer and template of a model; either may be missing.
+#[derive(Default)]
+struct Text {
+    tokenizer: Option<Arc<Tokenizer>>,
+    template: Option<ChatTemplate>,
+}
+
+/// What a pool is made with, beside its model.
+#[derive(Clone)]
+pub struct PoolConfig {
+    /// For the core.
+    pub scheduler: Config,
+    /// The policy's name, for metrics.
+    pub policy: &'static str,
+    /// Longest a request may take.
+    pub timeout: Duration,
+    /// Folded into the root of all block hashes.
+    pub fleet_key: String,
+}
+
+impl Pool {
+    /// Loads tokenizer and template and starts the dispatcher. Slow: not on an async thread, but inside a runtime.
+    pub fn start(
+        names: Vec<String>,
+        model: ModelSpec,
+        files: &Files,
+        config: &PoolConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, String> {
+        let text = Text::load(files)?;
+        if text.tokenizer.is_none() {
+            warn!(
+                model = names[0],
+                "the model has no tokenizer.json: only token ids are served, and no text comes back"
+            );
+        } else if text.template.is_none() {
+            warn!(model = names[0], "the model has no chat template: no chat");
+        }
+        let (commands, receiver) = mpsc::channel(COMMANDS);
+        let state = Arc::new(PoolState::default());
+        let scheduler = Scheduler::new(model.clone(), config.scheduler.clone());
+        let task = dispatch::run(scheduler, config.policy, receiver, Arc::clone(&state), Arc::clone(&metrics));
+        tokio::spawn(task);
+        let root = hash_root(&[&config.fleet_key, &model.digest, "", ""]);
+        info!(model = names[0], digest = model.digest, "pool");
+        Ok(Arc::new(Self {
+            names,
+            model,
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            state,
+            commands,
+            root,
+            text: Arc::new(text),
+            encoders: Arc::new(Semaphore::new(ENCODERS)),
+            waiting: Semaphore::new(WAITING),
+            next_request: AtomicU64::new(1),
+            metrics,
+            timeout: config.timeout,
+        }))
+    }
+
+    /// Whether its dispatcher runs; it ends when the pool is replaced, or with a bug.
+    pub fn is_alive(&self) -> bool {
+        !self.commands.is_closed()
+    }
+
+    /// Most tokens of prompt and output together.
+    pub fn most_tokens(&self) -> Tokens {
+        self.state.most_tokens()
+    }
+
+    /// Ids of a text prompt.
+    pub async fn encode(&self, text: String) -> Result<Vec<u32>, Error> {
+        if self.text.tokenizer.is_none() {
+            return Err(Error::invalid("prompt", "this model has no tokenizer: send token ids"));
+        }
+        self.blocking(move |own| own.encode(&text, true)).await
+    }
+
+    /// Ids of a conversation.
+    pub async fn encode_chat(&self, messages: Vec<Json>, tools: Option<Json>) -> Result<Vec<u32>, Error> {
+        if self.text.tokenizer.is_none() || self.text.template.is_none() {
+            return Err(Error::invalid("messages", "this model has no chat template: use /v1/completions"));
+        }
+        self.blocking(move |own| {
+            let template = own.template.as_ref().ok_or_else(|| Error::Internal("no template".into()))?;
+            let text = template.render(&messages, tools.as_ref());
+            own.encode(&text.map_err(|error| Error::invalid("messages", error.to_string()))?, false)
+        })
+        .await
+    }
+
+    async fn blocking(
+        &self,
+        work: impl FnOnce(&Text) -> Result<Vec<u32>, Error> + Send + 'static,
+    ) -> Result<Vec<u32>, Error> {
+        let overloaded = |_| Error::Overloaded { retry_after: Duration::from_secs(1) };
+        let _place = self.waiting.try_acquire().map_err(overloaded)?;
+        let permit = Arc::clone(&self.encoders).acquire_owned().await;
+        let text = Arc::clone(&self.text);
+        let work = tokio::task::spawn_blocking(move || {
+            // Held by the work itself: a client that goes away does not make room for more before it is done.
+            let _permit = permit;
+            work(&text)
+        });
+        work.await.map_err(|error| Error::Internal(error.to_string()))?
+    }
+
+    /// Checks a request against the pool and gives it to the scheduler.
+    pub fn submit(&self, mut job: Job, arrived: Instant) -> Result<Generation, Error> {
+        self.check(&mut job)?;
+        let request = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
+        let (sender, updates) = mpsc::channel(UPDATES);
+        let arrival = Arrival {
+            request: NewRequest {
+                id: request,
+                prompt: job.prompt,
+                root: self.root,
+                choices: 1,
+                max_tokens: Tokens(job.limits.max_tokens.into()),
+            },
+            extras: RowExtras { sampling: job.sampling, limits: job.limits.clone(), model: job.model },
+            updates: sender,
+        };
+        self.commands.try_send(Command::Arrive(arrival)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Error::Overloaded { retry_after: Duration::from_secs(1) },
+            mpsc::error::TrySendError::Closed(_) => Error::NoWorker,
+        })?;
+        let start = Start {
+            request,
+            commands: self.commands.clone(),
+            updates,
+            tokenizer: self.text.tokenizer.clone(),
+            arrived,
+            timeout: self.timeout,
+            metrics: Arc::clone(&self.metrics),
+        };
+        Ok(Generation::new(start, job.stop, job.limits.min_tokens))
+    }
+
+    fn check_ids(&self, param: &str, ids: &[u32]) -> Result<(), Error> {
+        let vocab = self.model.vocab;
+        match ids.iter().find(|id| **id >= vocab) {
+            Some(id) => {
+                Err(Error::invalid(param, format!("a token id that does not exist: {id}\nids are below {vocab}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn check_prompt(&self, prompt: &[u32]) -> Result<(), Error> {
+        if self.state.ready() == 0 {
+            return Err(Error::NoWorker);
+        }
+        if prompt.is_empty() {
+            return Err(Error::invalid("prompt", "the prompt is empty"));
+        }
+        self.check_ids("prompt", prompt)
+    }
+
+    fn check(&self, job: &mut Job) -> Result<(), Error> {
+        self.check_prompt(&job.prompt)?;
+        self.check_ids("stop_token_ids", &job.limits.stop_token_ids)?;
+        let (prompt, most) = (job.prompt.len() as u64, self.most_tokens().0);
+        // An unset limit is the rest of the context.
+        let wanted = match job.limits.max_tokens {
+            0 => 1,
+            wanted => u64::from(wanted),
+        };
+        if prompt.saturating_add(wanted) > most {
+            let param = if prompt >= most { "prompt" } else { "max_tokens" };
+            let message =
+                format!("too long for the context of {most} tokens: {prompt} of the prompt and {wanted} to generate");
+            return Err(Error::ContextLength { message, param });
+        }
+        if job.limits.max_tokens == 0 {
+            job.limits.max_tokens = u32::try_from(most - prompt).unwrap_or(u32::MAX);
+        }
+        if job.limits.min_tokens > job.limits.max_tokens {
+            return Err(Error::invalid("min_tokens", format!("more than max_tokens: {}", job.limits.min_tokens)));
+        }
+        Ok(())
+    }
+
+    /// Where a prompt would go now. Nothing comes of it.
+    pub async fn route(&self, prompt: Vec<u32>) -> Result<crate::proto::Decision, Error> {
+        self.check_prompt(&prompt)?;
+        let (sender, answer) = oneshot::channel();
+        let command = Command::Route { prompt, root: self.root, answer: sender };
+        self.commands.send(command).await.map_err(|_| Error::NoWorker)?;
+        answer.await.ok().flatten().ok_or(Error::NoWorker)
+    }
+
+    /// What the core believes of the workers.
+    pub async fn loads(&self) -> Vec<WorkerLoad> {
+        let (sender, answer) = oneshot::channel();
+        if self.commands.send(Command::Loads(sender)).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
+    }
+}
+
+impl Text {
+    fn load(files: &Files) -> Result<Self, String> {
+        let tokenizer = files.get("tokenizer.json").map(|bytes| Tokenizer::from_json(bytes));
+        let tokenizer = tokenizer.transpose().map_err(|error| error.to_string())?.map(Arc::new);
+        let config = match files.get("tokenizer_config.json") {
+            Some(bytes) => serde_json::from_slice(bytes).map_err(|error| format!("tokenizer_config.json: {error}"))?,
+            None => Json::Null,
+        };
+        let jinja = files.get("chat_template.jinja").map(|bytes| std::str::from_utf8(bytes));
+        let jinja = jinja.transpose().map_err(|error| format!("chat_template.jinja: {error}"))?;
+        // A template that does not compile costs the chat, not the model.
+        let template = ChatTemplate::from_files(jinja, &config).unwrap_or_else(|error| {
+            warn!(%error, "the chat template cannot be used");
+            None
+        });
+        Ok(Self { tokenizer, template })
+    }
+
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
+        let tokenizer = self.tokenizer.as_ref().ok_or_else(|| Error::Internal("no tokenizer".into()))?;
+        tokenizer.encode(text, add_special_tokens).map_err(|error| Error::invalid("prompt", error.to_string()))
+    }
+}

@@ -1,0 +1,151 @@
+//! Serves until told to stop. Takes its listeners, its workers and its shutdown from the caller, so that tests and
+//! production run the same function.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tonic::transport::server::TcpIncoming;
+use tonic_reflection::server::{v1, v1alpha};
+use tracing::{info, warn};
+
+use crate::fleet::Fleet;
+use crate::grpc::Service;
+use crate::http::{self, App};
+use crate::link::MOST_MESSAGE;
+use crate::proto::router_server::RouterServer;
+
+/// Longest that requests in flight may take to finish after a shutdown begins.
+pub const DRAIN: Duration = Duration::from_secs(30);
+const DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/scls_descriptor.bin"));
+
+/// Bound sockets.
+pub struct Listeners {
+    /// The OpenAI side.
+    pub http: TcpListener,
+    /// The contract's `Router` service.
+    pub grpc: TcpListener,
+    /// Metrics and, later, administration.
+    pub admin: TcpListener,
+}
+
+/// Why serving failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A listener broke.
+    #[error("listener: {0}")]
+    Listener(#[from] std::io::Error),
+    /// The gRPC server broke.
+    #[error("grpc: {0}")]
+    Grpc(#[from] tonic::transport::Error),
+    /// The descriptor in the binary is broken.
+    #[error("reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Serves the fleet until `shutdown`, then lets what is in flight finish for up to [`DRAIN`]. The fleet's links are
+/// closed at the end.
+pub async fn serve(
+    fleet: Arc<Fleet>,
+    most_payload: usize,
+    listeners: Listeners,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let app = Arc::new(App { fleet: Arc::clone(&fleet), most_payload, draining: AtomicBool::new(false) });
+    let (stop, stopped) = watch::channel(false);
+    // Admin answers to the very end, so that a drain can be watched.
+    let (stop_admin, admin_stopped) = watch::channel(false);
+    let mut servers = JoinSet::new();
+    let (public, http_stop) = (http::public(Arc::clone(&app)), told(stopped.clone()));
+    let public = axum::serve(listeners.http.tap_io(no_delay), public).with_graceful_shutdown(http_stop);
+    servers.spawn(async move { Ok::<_, ServeError>(public.await?) });
+    servers.spawn(grpc(Arc::clone(&app), listeners.grpc, stopped));
+    let admin = http::admin(Arc::clone(&app));
+    let admin = axum::serve(listeners.admin.tap_io(no_delay), admin).with_graceful_shutdown(told(admin_stopped));
+    let admin = tokio::spawn(async move { admin.await });
+
+    let mut result = Ok(());
+    tokio::select! {
+        () = shutdown => info!("shutting down"),
+        Some(ended) = servers.join_next() => {
+            result = ended.unwrap_or_else(|error| Err(std::io::Error::other(error).into()));
+        }
+    }
+    app.draining.store(true, Ordering::Relaxed);
+    let _ = stop.send(true);
+    let drained = async { while servers.join_next().await.is_some() {} };
+    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+        warn!("requests were still running after {} s", DRAIN.as_secs());
+    }
+    servers.abort_all();
+    let _ = stop_admin.send(true);
+    admin.abort();
+    fleet.close();
+    result
+}
+
+fn no_delay(stream: &mut TcpStream) {
+    // Fails only for sockets that are closed already.
+    let _ = stream.set_nodelay(true);
+}
+
+async fn told(mut stopped: watch::Receiver<bool>) {
+    // An error means that the sender is gone, which is the end as well.
+    let _ = stopped.wait_for(|stop| *stop).await;
+}
+
+fn descriptors() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTOR)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}
+
+type Reflected<T> = Result<T, tonic_reflection::server::Error>;
+
+/// Reflection as it is today.
+pub(crate) fn reflection() -> Reflected<v1::ServerReflectionServer<impl v1::ServerReflection>> {
+    descriptors().build_v1()
+}
+
+/// Reflection as older clients ask for it.
+pub(crate) fn reflection_alpha() -> Reflected<v1alpha::ServerReflectionServer<impl v1alpha::ServerReflection>> {
+    descriptors().build_v1alpha()
+}
+
+async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<bool>) -> Result<(), ServeError> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let watching = tokio::spawn(report_health(Arc::clone(&app), health));
+    let service = RouterServer::new(Service::new(app));
+    let served = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .add_service(health_service)
+        .add_service(reflection()?)
+        .add_service(reflection_alpha()?)
+        .add_service(service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE))
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), told(stopped))
+        .await;
+    watching.abort();
+    Ok(served?)
+}
+
+/// Keeps `grpc.health.v1` at what `/ready` says.
+async fn report_health(app: Arc<App>, health: tonic_health::server::HealthReporter) {
+    use tonic_health::ServingStatus::{NotServing, Serving};
+    let mut last = None;
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    loop {
+        ticks.tick().await;
+        let ready = app.is_ready();
+        if last.replace(ready) != Some(ready) {
+            let status = if ready { Serving } else { NotServing };
+            for name in ["", "scls.v1.Router"] {
+                health.set_service_status(name, status).await;
+            }
+        }
+    }
+}

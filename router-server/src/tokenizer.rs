@@ -1,0 +1,182 @@
+//! Text to ids and back. Knows one model's tokenizer; does not know requests or threads.
+
+use std::sync::Arc;
+
+/// The sign that stands for bytes that are no character (yet).
+const REPLACEMENT: char = '\u{FFFD}';
+/// Ids that may wait for the rest of their character. No character has more than four bytes, so a longer wait means
+/// that the bytes are no text: they are given out as they are.
+const MOST_PENDING: usize = 32;
+
+/// A tokenizer as its files define it.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+}
+
+/// Why a tokenizer does not load or encode.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("tokenizer: {0}")]
+pub struct TokenizerError(String);
+
+impl From<tokenizers::Error> for TokenizerError {
+    fn from(error: tokenizers::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`. Truncation and padding in it belong to training and are switched off.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, TokenizerError> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+        inner.with_truncation(None)?.with_padding(None);
+        Ok(Self { inner })
+    }
+
+    /// Ids of a text. Slow for long texts: milliseconds, so not on an async thread.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+        Ok(self.inner.encode_fast(text, add_special_tokens)?.get_ids().to_vec())
+    }
+
+    /// Text of ids, special tokens left out.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        // Fails only for decoders that reject tokens of their own vocabulary; no text is the honest answer then.
+        self.inner.decode(ids, true).unwrap_or_default()
+    }
+
+    /// Whether decoding leaves this id out wherever it stands.
+    fn silent(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        self.inner.id_to_token(id).is_none_or(|token| added.is_special_token(&token))
+    }
+}
+
+/// Turns ids into text piece by piece: never a part of a character, and all pieces together are the whole text.
+///
+/// Ids are decoded in the context of those given out just before, because what a token reads depends on its
+/// neighbours (leading spaces, bytes of one character).
+pub struct Detokenizer {
+    tokenizer: Arc<Tokenizer>,
+    /// Ids given out last, then the pending ones.
+    window: Vec<u32>,
+    /// How many ids of the window are given out, and their text.
+    given: usize,
+    given_text: String,
+}
+
+impl Detokenizer {
+    /// At the beginning of an output.
+    pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
+        Self { tokenizer, window: Vec::new(), given: 0, given_text: String::new() }
+    }
+
+    /// Text that the next id completes; often none, if the id is a part of a character.
+    pub fn push(&mut self, id: u32) -> String {
+        if self.tokenizer.silent(id) {
+            return String::new();
+        }
+        self.window.push(id);
+        let text = self.tokenizer.decode(&self.window);
+        let stuck = self.window.len() - self.given > MOST_PENDING;
+        match text.strip_prefix(&self.given_text) {
+            Some(new) if !new.is_empty() && (stuck || !new.ends_with(REPLACEMENT)) => {
+                let new = new.to_owned();
+                self.advance();
+                new
+            }
+            _ if stuck => self.finish(),
+            _ => String::new(),
+        }
+    }
+
+    /// The output ended: whatever is pending, complete or not.
+    pub fn finish(&mut self) -> String {
+        let text = self.tokenizer.decode(&self.window);
+        let common = text.char_indices().zip(self.given_text.chars()).take_while(|((_, a), b)| a == b);
+        let from = common.last().map_or(0, |((at, c), _)| at + c.len_utf8());
+        self.advance();
+        text[from..].to_owned()
+    }
+
+    fn advance(&mut self) {
+        self.window.drain(..self.given);
+        self.given = self.window.len();
+        self.given_text = self.tokenizer.decode(&self.window);
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    /// Byte-level BPE without merges: every byte is a token, so every character of two bytes or more is split. Ids
+    /// 0..256 are the bytes in the order of the byte-level alphabet, 256 is `<s>`, 257 is `</s>`.
+    pub(crate) fn bytes_tokenizer() -> Arc<Tokenizer> {
+        let mut alphabet: Vec<char> =
+            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        let vocab: serde_json::Map<_, _> =
+            alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), json!(id))).collect();
+        let special = |id: u32, content: &str| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null,
+            "added_tokens": [special(256, "<s>"), special(257, "</s>")],
+            "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                      "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+        });
+        Arc::new(Tokenizer::from_json(file.to_string().as_bytes()).expect("a tokenizer"))
+    }
+
+    fn pieces(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> Vec<String> {
+        let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer));
+        let mut out: Vec<String> = ids.iter().map(|id| detokenizer.push(*id)).collect();
+        out.push(detokenizer.finish());
+        out
+    }
+
+    #[test]
+    fn a_character_comes_whole_or_not_at_all() {
+        let tokenizer = bytes_tokenizer();
+        let ids = tokenizer.encode("a😀b", false).expect("ids");
+        assert_eq!(ids.len(), 6);
+        assert_eq!(pieces(&tokenizer, &ids), ["a", "", "", "", "😀", "b", ""]);
+    }
+
+    #[test]
+    fn special_and_unknown_ids_are_silent() {
+        let tokenizer = bytes_tokenizer();
+        let mut ids = tokenizer.encode("é", false).expect("ids");
+        ids.splice(1..1, [256, 9999, 257]);
+        assert_eq!(pieces(&tokenizer, &ids).concat(), "é");
+    }
+
+    #[test]
+    fn an_unfinished_character_is_given_out_at_the_end() {
+        let tokenizer = bytes_tokenizer();
+        let ids = tokenizer.encode("x😀", false).expect("ids");
+        assert_eq!(pieces(&tokenizer, &ids[..3]).concat(), tokenizer.decode(&ids[..3]));
+    }
+
+    proptest! {
+        #[test]
+        fn all_pieces_are_the_whole(text in "\\PC{0,20}") {
+            let tokenizer = bytes_tokenizer();
+            let ids = tokenizer.encode(&text, false).expect("ids");
+            prop_assert_eq!(pieces(&tokenizer, &ids).concat(), tokenizer.decode(&ids));
+        }
+
+        #[test]
+        fn any_bytes_decode_to_the_whole(ids in prop::collection::vec(0u32..258, 0..60)) {
+            let tokenizer = bytes_tokenizer();
+            prop_assert_eq!(pieces(&tokenizer, &ids).concat(), tokenizer.decode(&ids));
+        }
+    }
+}
