@@ -24,9 +24,9 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Process]:
     if request.param == "real":
         process: Process = Worker("--model", str(MODEL), "--dtype", "float32", *size)
     elif request.param == "python-mock":
-        process = Worker("--mock", "--vocab", "1000", "--max-context", "4096", *size)
+        process = Worker("--mock", "--vocab", "1000", "--max-context", "4096", "--step-us", "1000", *size)
     else:
-        process = RustMock("--vocab", "1000", "--max-context", "4096", "--step-us", "200", *size)
+        process = RustMock("--vocab", "1000", "--max-context", "4096", "--step-us", "1000", *size)
     with process:
         yield process
 
@@ -113,7 +113,7 @@ def test_held_rows_wait_and_come_back(session: Session) -> None:
 
 def test_the_standing_plan_starts_at_once_and_the_newest_wins(session: Session) -> None:
     a, b, c = row(max_tokens=60), row(), row()
-    first = session.plan(add=[a], steps=40)
+    first = session.plan(add=[a], steps=40)  # at least 40 ms in which the others arrive
     session.plan(base=first, keep="survivors", add=[b], steps=3)
     newest = session.plan(base=first, keep="survivors", add=[c], steps=3)
     report = session.report()
@@ -140,7 +140,7 @@ def test_rows_that_ended_are_skipped_in_a_list_and_unknown_ones_refused(session:
     a, b, never = row(max_tokens=4), row(max_tokens=30), row()
     first = session.plan(add=[a, b], steps=6)
     second = session.plan(base=first, keep=[a, b], steps=2)
-    assert session.report().next_batch == second
+    assert session.report().next_batch in (0, second)  # 0: it ended before the plan came, which then started at once
     assert session.report().batch == second and len(b.output) == 8
     session.rows[never.key] = never
     plan = session.plan(keep=[b, never], steps=2)

@@ -22,6 +22,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve over workers that run already.
+    #[command(args_override_self = true)]
     Serve {
         /// Workers: `grpc://host:port` or `http://host:port`, separated by spaces or commas.
         #[arg(long, env = "SCLS_ROUTER_WORKER_URLS", num_args = 1.., value_delimiter = ',', required = true, value_parser = worker_url)]
@@ -31,6 +32,7 @@ pub enum Command {
         serve: ServeArgs,
     },
     /// Start workers on this machine and serve over them.
+    #[command(args_override_self = true)]
     Up {
         /// The workers.
         #[command(flatten)]
@@ -40,6 +42,7 @@ pub enum Command {
         serve: ServeArgs,
     },
     /// Be a worker without a model, for tests.
+    #[command(args_override_self = true)]
     MockWorker {
         /// How it is.
         #[command(flatten)]

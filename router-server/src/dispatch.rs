@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use router_core::{
-    Action, BlockHash, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, Scheduler, Tokens,
-    WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, Scheduler,
+    Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -70,6 +70,8 @@ pub enum Command {
         /// Gets the decision.
         answer: oneshot::Sender<Option<proto::Decision>>,
     },
+    /// The latest decisions, oldest first.
+    Decisions(oneshot::Sender<Vec<Decided>>),
     /// The pool is replaced: all ends.
     Close,
 }
@@ -112,6 +114,17 @@ pub enum Update {
     Rejected(Rejection),
     /// The client did not keep up; nothing more comes.
     Overflow,
+}
+
+/// A decision as it was made, and as it is made again from its record.
+#[derive(Clone, Debug)]
+pub struct Decided {
+    /// The record.
+    pub decision: proto::Decision,
+    /// When, on the pool's clock.
+    pub at: Micros,
+    /// The worker that the record alone leads to.
+    pub recomputed: Option<String>,
 }
 
 /// A worker's place in the pool for one session.
@@ -255,8 +268,15 @@ impl Dispatcher {
             Command::Route { prompt, root, answer } => {
                 self.flush();
                 let decision = self.scheduler.route(self.now(), &prompt, root);
-                let name = |worker| self.at(worker).map_or_else(String::new, |session| session.name.to_string());
-                let _ = answer.send(decision.map(|decision| convert::decision(&decision, name)));
+                let _ = answer.send(decision.map(|decision| convert::decision(&decision, |worker| self.name(worker))));
+            }
+            Command::Decisions(answer) => {
+                let decided = |decision: &Decision| Decided {
+                    decision: convert::decision(decision, |worker| self.name(worker)),
+                    at: decision.at,
+                    recomputed: decision.recompute().map(|worker| self.name(worker)),
+                };
+                let _ = answer.send(self.scheduler.decisions().map(decided).collect());
             }
             Command::Close => {}
         }
@@ -311,6 +331,11 @@ impl Dispatcher {
 
     fn at(&self, worker: WorkerId) -> Option<&Session> {
         self.seats.get(worker.0 as usize)?.as_ref()
+    }
+
+    /// The name of the worker in a slot; the slot's where it is empty.
+    fn name(&self, worker: WorkerId) -> String {
+        self.at(worker).map_or_else(|| worker.to_string(), |session| session.name.to_string())
     }
 
     /// Frees the slot and tells the core. Dropping what is given back ends the session, if it is still there.

@@ -4,17 +4,22 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use router_core::WorkerLoad;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::dispatch::{Command, Seat};
+use crate::dispatch::{Command, Decided, Seat};
 use crate::error::Error;
 use crate::link;
 use crate::metrics::Metrics;
 use crate::pool::{Files, Pool, PoolConfig};
 use crate::proto::worker_status::State;
 use crate::proto::{WorkerInfo, WorkerStatus};
+
+/// How long a worker lets those named before it go first.
+const FIRST_TURN: Duration = Duration::from_millis(500);
 
 /// Pools by served name, links by URL.
 pub struct Fleet {
@@ -32,6 +37,8 @@ pub struct Link {
     /// Where it is dialled.
     pub url: String,
     seen: Mutex<Seen>,
+    /// Its first attempt is over, well or not.
+    tried: watch::Sender<bool>,
 }
 
 /// The latest of a link.
@@ -67,6 +74,11 @@ impl Link {
         lock(&self.seen).clone()
     }
 
+    /// Notes that its first attempt is over.
+    pub fn tried(&self) {
+        self.tried.send_replace(true);
+    }
+
     /// Notes a change.
     pub fn note(&self, change: impl FnOnce(&mut Seen)) {
         change(&mut lock(&self.seen));
@@ -87,7 +99,8 @@ impl Fleet {
 
     /// Dials a worker for as long as the fleet lives, or until it is removed.
     pub fn add(self: &Arc<Self>, url: String) {
-        let link = Arc::new(Link { url, seen: Mutex::new(Seen { state: State::Connecting, ..Seen::default() }) });
+        let seen = Mutex::new(Seen { state: State::Connecting, ..Seen::default() });
+        let link = Arc::new(Link { url, seen, tried: watch::Sender::new(false) });
         let task = tokio::spawn(link::run(Arc::clone(&link), Arc::clone(self)));
         lock(&self.links).push((link, task));
     }
@@ -177,8 +190,19 @@ impl Fleet {
         }
     }
 
-    /// The turn to make pools. Ask [`Fleet::admit`] again under it.
-    pub async fn founding(&self) -> tokio::sync::MutexGuard<'_, ()> {
+    /// The turn to make pools; ask [`Fleet::admit`] again under it. Of workers that are there, the one that was named
+    /// first makes the pool, so that it is not chance which of two that differ is refused.
+    pub async fn founding(&self, link: &Link) -> tokio::sync::MutexGuard<'_, ()> {
+        let links = self.links();
+        let earlier = links.iter().take_while(|other| !std::ptr::eq(other.as_ref(), link));
+        let wait = async {
+            for other in earlier {
+                let mut tried = other.tried.subscribe();
+                // An error means that the link is gone.
+                let _ = tried.wait_for(|tried| *tried).await;
+            }
+        };
+        let _ = tokio::time::timeout(FIRST_TURN, wait).await;
         self.founding.lock().await
     }
 
@@ -223,6 +247,15 @@ impl Fleet {
         let mut all = Vec::new();
         for pool in self.each_pool() {
             all.extend(pool.loads().await);
+        }
+        all
+    }
+
+    /// The latest decisions of all pools.
+    pub async fn decisions(&self) -> Vec<Decided> {
+        let mut all = Vec::new();
+        for pool in self.each_pool() {
+            all.extend(pool.decisions().await);
         }
         all
     }

@@ -1,6 +1,6 @@
 //! The HTTP side: routes, bodies, headers, server-sent events.
 //!
-//! Parses and replies; what a field means is `openai.rs`, what a request does is `generation.rs`.
+//! Parses and replies; what a field means is `request.rs`, what a request does is `generation.rs`.
 
 use std::collections::hash_map::RandomState;
 use std::convert::Infallible;
@@ -21,13 +21,16 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::answer::{Answer, Kind};
+use crate::dispatch::Decided;
 use crate::error::Error;
 use crate::fleet::Fleet;
 use crate::generation::{End, Generation, Job};
 use crate::metrics::Metrics;
-use crate::openai::{Answer, Chat, Completion, Kind, Params, Prompt};
 use crate::pool::Pool;
+use crate::prompt::Prompt;
 use crate::proto;
+use crate::request::{Chat, Completion, Params};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const WORKER: HeaderName = HeaderName::from_static("x-scls-worker");
@@ -64,7 +67,7 @@ pub fn public(app: Arc<App>) -> Router {
 
 /// The routes of the admin listener.
 pub fn admin(app: Arc<App>) -> Router {
-    common(Router::new(), app)
+    common(Router::new().route("/workers", get(workers)).route("/decisions", get(decisions)), app)
 }
 
 fn common(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
@@ -103,14 +106,56 @@ pub fn random() -> u64 {
     RandomState::new().hash_one(0)
 }
 
+/// 200 once a worker takes requests; all workers either way, so that one sees what is missing.
 async fn ready(State(app): State<Arc<App>>) -> Response {
+    let workers = list_workers(&app).await;
     if app.is_ready() {
-        Json(json!({"status": "ready"})).into_response()
-    } else if app.draining.load(Ordering::Relaxed) {
-        Error::Draining.into_response()
-    } else {
-        Error::NoWorker.into_response()
+        return Json(json!({"ready": true, "workers": workers})).into_response();
     }
+    let error = if app.draining.load(Ordering::Relaxed) { Error::Draining } else { Error::NoWorker };
+    let mut body = error.body();
+    body["ready"] = false.into();
+    body["workers"] = workers;
+    let retry = error.retry_after().unwrap_or(1);
+    (error.status(), [(header::RETRY_AFTER, HeaderValue::from(retry))], Json(body)).into_response()
+}
+
+async fn workers(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(json!({"workers": list_workers(&app).await}))
+}
+
+async fn list_workers(app: &App) -> Value {
+    let worker = |status: proto::WorkerStatus| {
+        let state = status.state().as_str_name().trim_start_matches("STATE_").to_lowercase();
+        let info = status.info.unwrap_or_default();
+        json!({"id": info.worker_id, "url": status.url, "state": state, "detail": status.detail,
+               "models": info.served_names, "queued_tokens": status.queued_tokens, "batch_size": status.batch_size,
+               "running_rows": status.running_rows, "held_rows": status.held_rows,
+               "running_blocks": status.running_blocks, "held_blocks": status.held_blocks,
+               "indexed_blocks": status.indexed_blocks, "work_us": status.work_us})
+    };
+    app.fleet.statuses().await.into_iter().map(worker).collect()
+}
+
+/// The latest decisions, each with the worker that its record leads to when it is made again.
+async fn decisions(State(app): State<Arc<App>>) -> Json<Value> {
+    let decided = |decided: Decided| {
+        let decision = decided.decision;
+        let candidate = |candidate: &proto::CandidateScore| {
+            // A u128: as a number it would not survive most JSON readers.
+            let score = (u128::from(candidate.score_high) << 64) | u128::from(candidate.score_low);
+            json!({"worker": candidate.worker_id, "new_tokens": candidate.new_tokens,
+                   "queued_tokens": candidate.queued_tokens, "batch_size": candidate.batch_size,
+                   "work_us": candidate.work_us, "free_blocks": candidate.free_blocks, "score": score.to_string()})
+        };
+        let candidates: Vec<Value> = decision.candidates.iter().map(candidate).collect();
+        json!({"decision": decision.decision_id, "at_us": decided.at.0, "request": decision.request,
+               "choice": decision.choice, "worker": decision.worker_id, "recomputed": decided.recomputed,
+               "policy": decision.policy, "turn": decision.turn, "tokens": decision.prompt_tokens,
+               "candidates": candidates})
+    };
+    let all: Vec<Value> = app.fleet.decisions().await.into_iter().map(decided).collect();
+    Json(json!({"decisions": all}))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -140,11 +185,10 @@ async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: Body
             Prompt::Other(_) | Prompt::Several => return Err(Error::Internal("an unchecked prompt".into())),
         };
         let most = params.max_tokens.unwrap_or(COMPLETION_TOKENS);
-        let generation = pool.submit(job(&model, prompt, &params, most), meter.arrived)?;
-        Ok((Kind::Completion, model, params, generation))
+        start(&pool, Kind::Completion, job(model, prompt, &params, most), &params, meter.arrived)
     };
     let started = started.await;
-    answer(started, meter).await
+    finish(started, meter).await
 }
 
 async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
@@ -155,17 +199,16 @@ async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Re
         meter.model.clone_from(&model);
         let prompt = pool.encode_chat(messages, tools).await?;
         let most = params.max_tokens.unwrap_or(0);
-        let generation = pool.submit(job(&model, prompt, &params, most), meter.arrived)?;
-        Ok((Kind::Chat, model, params, generation))
+        start(&pool, Kind::Chat, job(model, prompt, &params, most), &params, meter.arrived)
     };
     let started = started.await;
-    answer(started, meter).await
+    finish(started, meter).await
 }
 
 /// The request in ids; `most` 0 is the rest of the context.
-fn job(model: &str, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
+fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
     Job {
-        model: model.to_owned(),
+        model,
         prompt: prompt.into(),
         sampling: proto::Sampling {
             temperature: params.temperature,
@@ -249,24 +292,32 @@ impl Drop for Meter {
     }
 }
 
-async fn answer(started: Result<(Kind, String, Params, Generation), Error>, mut meter: Meter) -> Response {
+/// A request that runs, and what its answer needs.
+struct Started {
+    answer: Answer,
+    generation: Generation,
+    stream: bool,
+}
+
+fn start(pool: &Pool, kind: Kind, job: Job, params: &Params, arrived: Instant) -> Result<Started, Error> {
+    let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+    let answer = Answer {
+        kind,
+        id: format!("{prefix}-{}", random_id()),
+        model: job.model.clone(),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        include_usage: params.include_usage,
+        token_ids: params.return_token_ids.then(|| Arc::clone(&job.prompt)),
+    };
+    let generation = pool.submit(job, arrived)?;
+    Ok(Started { answer, generation, stream: params.stream })
+}
+
+async fn finish(started: Result<Started, Error>, mut meter: Meter) -> Response {
     let result = match started {
         Err(error) => Err(error),
-        Ok((kind, model, params, generation)) => {
-            let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
-            let answer = Answer {
-                kind,
-                id: format!("{prefix}-{}", random_id()),
-                model,
-                created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-                include_usage: params.include_usage,
-                token_ids: params.return_token_ids,
-            };
-            if params.stream {
-                return stream(answer, generation, meter).await;
-            }
-            whole(answer, generation).await
-        }
+        Ok(started) if started.stream => return stream(started.answer, started.generation, meter).await,
+        Ok(started) => whole(started.answer, started.generation).await,
     };
     match result {
         Ok(response) => {
@@ -285,7 +336,7 @@ async fn whole(answer: Answer, mut generation: Generation) -> Result<Response, E
     let end = loop {
         let piece = generation.next().await?;
         text.push_str(&piece.text);
-        if answer.token_ids {
+        if answer.token_ids.is_some() {
             ids.extend(piece.ids);
         }
         if let Some(end) = piece.end {
@@ -321,11 +372,8 @@ async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) ->
         loop {
             match next {
                 Ok(piece) => {
-                    let wanted = answer.token_ids && !piece.ids.is_empty();
-                    if !piece.text.is_empty() || wanted || piece.end.is_some() {
-                        for part in parts(&answer, &piece.text, &piece.ids, piece.end.as_ref()) {
-                            yield event(&part);
-                        }
+                    for part in parts(&answer, &piece.text, &piece.ids, piece.end.as_ref()) {
+                        yield event(&part);
                     }
                     if piece.end.is_some() {
                         meter.ended(StatusCode::OK);
@@ -356,7 +404,7 @@ async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) ->
 /// The events of one piece: its text, then its end with the usage. Text and end are apart, as OpenAI sends them.
 fn parts(answer: &Answer, text: &str, ids: &[u32], end: Option<&End>) -> Vec<Value> {
     let mut parts = Vec::new();
-    let wanted = answer.token_ids && !ids.is_empty();
+    let wanted = answer.token_ids.is_some() && !ids.is_empty();
     if !text.is_empty() || wanted {
         parts.push(answer.event(text, ids, None));
     }

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+pub mod answer;
 pub mod cli;
 pub mod convert;
 pub mod dispatch;
@@ -18,10 +19,12 @@ pub mod generation;
 pub mod grpc;
 pub mod http;
 pub mod link;
+pub mod messages;
 pub mod metrics;
 pub mod mock;
-pub mod openai;
 pub mod pool;
+pub mod prompt;
+pub mod request;
 pub mod run;
 pub mod serve;
 pub mod stop;

@@ -29,8 +29,12 @@ pub const MOST_MESSAGE: usize = 16 << 20;
 /// Most bytes of tokenizer and template files together.
 const MOST_FILES: usize = 256 << 20;
 const CONNECT: Duration = Duration::from_secs(2);
-/// A worker that says nothing for this long, though pinged, is lost.
-const SILENCE: Duration = Duration::from_secs(2);
+/// The process at the other end must answer HTTP/2 pings: one a second while nothing comes, each within a second. So
+/// one that is stopped or cut off is lost within two seconds.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// Its engine must answer ours. It does so between iterations, and a long prefill on a small machine takes seconds, so
+/// this is a watch against hanging, not against dying.
+const SILENCE: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_millis(500);
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 /// A refused worker is tried again, in case another takes its place.
@@ -58,6 +62,7 @@ pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
         let mut opened = false;
         let began = Instant::now();
         let ended = session(&link, &fleet, &mut opened).await;
+        link.tried();
         // A session that breaks at once is no reason for haste.
         if opened && began.elapsed() > SILENCE {
             backoff = BACKOFF[0];
@@ -114,8 +119,8 @@ async fn dial(url: &str) -> Result<WorkerClient<Channel>, Ended> {
     let endpoint = endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(1))
-        .keep_alive_timeout(Duration::from_secs(1))
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20);
     let channel = endpoint.connect().await.map_err(|error| {
@@ -142,7 +147,7 @@ async fn join_pool(
     if let Some(pool) = admitted(fleet.admit(link, info, model))? {
         return Ok(pool);
     }
-    let _turn = fleet.founding().await;
+    let _turn = fleet.founding(link).await;
     if let Some(pool) = admitted(fleet.admit(link, info, model))? {
         return Ok(pool);
     }
@@ -221,6 +226,7 @@ async fn converse(
     };
     let place = Place { commands: pool.commands.clone(), seat: Some(seat) };
     *opened = true;
+    link.tried();
     info!(url = link.url, worker = name, epoch = info.worker_epoch, "worker joined");
     link.note(|seen| {
         seen.detail.clear();

@@ -209,7 +209,23 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
+    use router_core::{BatchEnd, Blocks, Micros, PlanNo};
+
     use super::*;
+
+    fn report() -> SliceReport {
+        SliceReport {
+            batch: PlanNo(1),
+            end: BatchEnd::Steps,
+            next: None,
+            steps: 1,
+            prefill: Micros(1_000),
+            decode: Micros(2_000),
+            peak: Blocks(1),
+            idle: Micros(500_000),
+            rows: Vec::new(),
+        }
+    }
 
     #[test]
     fn names_are_the_documented_ones() {
@@ -217,13 +233,16 @@ mod tests {
         metrics.began();
         metrics.ended("tiny", 200, Duration::from_millis(5));
         metrics.decision("product");
+        metrics.slice("w0", &report());
         let text = metrics.scrape(&[]);
         for line in [
             "scls_router_requests_total{model=\"tiny\",code=\"200\"} 1",
             "scls_router_inflight_requests 0",
             "scls_router_decisions_total{policy=\"product\"} 1",
             "scls_router_request_duration_seconds_count 1",
-            "# TYPE scls_router_worker_queued_tokens gauge",
+            "scls_router_slices_total{worker=\"w0\"} 1",
+            "scls_router_worker_busy_seconds_total{worker=\"w0\"} 0.003",
+            "scls_router_worker_idle_seconds_total{worker=\"w0\"} 0.5",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::convert::RowExtras;
-use crate::dispatch::{self, Arrival, COMMANDS, Command, PoolState, UPDATES};
+use crate::dispatch::{self, Arrival, COMMANDS, Command, Decided, PoolState, UPDATES};
 use crate::error::Error;
 use crate::generation::{Generation, Job, Start};
 use crate::metrics::Metrics;
@@ -241,6 +241,15 @@ impl Pool {
         let command = Command::Route { prompt, root: self.root, answer: sender };
         self.commands.send(command).await.map_err(|_| Error::NoWorker)?;
         answer.await.ok().flatten().ok_or(Error::NoWorker)
+    }
+
+    /// The latest decisions, oldest first.
+    pub async fn decisions(&self) -> Vec<Decided> {
+        let (sender, answer) = oneshot::channel();
+        if self.commands.send(Command::Decisions(sender)).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
     }
 
     /// What the core believes of the workers.

@@ -23,7 +23,9 @@ pub fn run(command: Command) -> Result<(), String> {
             println!("scls-router {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
-        Command::Serve { worker_urls, serve } => on_runtime(&serve, serve_urls(&serve, worker_urls)),
+        Command::Serve { worker_urls, serve } => {
+            on_runtime(&serve.log_level, serve.log_json, serve_urls(&serve, worker_urls))
+        }
         Command::Up { up, serve } => {
             check_model(&up.model)?;
             on_runtime(&serve.log_level, serve.log_json, serve_up(&serve, &up))
@@ -95,25 +97,25 @@ async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
 async fn mock_worker(args: &MockArgs) -> Result<(), String> {
     let listener = bind("--port", &args.host, args.port).await?;
     let signal = shutdown_signal()?;
-    let (orphaned, mut parent) = tokio::sync::mpsc::channel::<()>(1);
-    if args.exit_with_parent {
-        std::thread::spawn(move || {
-            // Ends when stdin does: when the process that holds its other end is gone, however it went.
-            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-            drop(orphaned);
-        });
-    } else {
-        // Kept for ever, so that the receiver never wakes.
-        std::mem::forget(orphaned);
-    }
     mock::announce(&listener).map_err(|error| format!("cannot write to stdout: {error}"))?;
     let stop = async {
         tokio::select! {
             () = signal => {}
-            _ = parent.recv() => {}
+            () = parent_gone(), if args.exit_with_parent => {}
         }
     };
     mock::serve(args, listener, stop).await
+}
+
+/// Ends when stdin does: when the process that holds its other end is gone, however it went.
+async fn parent_gone() {
+    let (held, gone) = tokio::sync::oneshot::channel::<()>();
+    // A thread of its own: a read of stdin cannot be cancelled, and would keep the runtime from ending.
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        drop(held);
+    });
+    let _ = gone.await;
 }
 
 async fn prepare(args: &ServeArgs) -> Result<(Arc<Fleet>, Listeners, impl Future<Output = ()>), String> {

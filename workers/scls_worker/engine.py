@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from . import reports
+from .admission import admit, hold
 from .kv_pool import KvPool, Use
+from .owner import Owner, Session
 from .plans import Plan, Refusal, read_plan
 from .proto import common_pb2 as common
 from .proto import worker_pb2 as pb
@@ -26,32 +28,18 @@ class Runner(Protocol):
     def run(self, chunks: Sequence[Chunk]) -> list[int]: ...
 
 
-class Session(Protocol):
-    """One router's stream as the engine sees it."""
-
-    def send(self, message: pb.WorkerMessage) -> None: ...
-
-    def close(self) -> None:
-        """Ends the stream after what was sent."""
-
-    @property
-    def full(self) -> bool:
-        """So much is unsent that no slice should run."""
-
-
 class Engine:
     def __init__(
         self, runner: Runner, pool: KvPool, info: common.WorkerInfo, clock: Callable[[], int], lease_us: int = LEASE_US
     ) -> None:
         self.runner, self.pool, self.info = runner, pool, info
         self.clock, self.lease_us = clock, lease_us  # microseconds, monotonic
-        self.owner: Session | None = None
-        self.owner_epoch = -1
+        self.owner = Owner(info.worker_epoch)
         self.lease_ends_us: int | None = None
-        self.state_seq = 0
         self.rows: dict[RowKey, Row] = {}  # all that did not finish, running or held
         self.batch: Batch | None = None
         self.base: Batch | None = None  # the last that ended
+        self.ended: set[RowKey] = set()  # rows that ended since the last start: a plan may name them still
         self.standing: Plan | None = None
         self.iterations = 0
         self.batch_ended_us: int | None = None
@@ -61,7 +49,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.batch is not None and self.owner is not None and not self.owner.full
+        return self.batch is not None and self.owner.listens
 
     def step(self) -> None:
         """One iteration of the running batch, and the batch's end if this was the last."""
@@ -91,10 +79,10 @@ class Engine:
         else:
             batch.decode_us += self.device_idle_since_us - began_us
         self._send_step(batch, drawn)
-        self._end_if_due(batch)
+        self._end_if_due()
 
     def _plan_chunks(self, batch: Batch, fresh: list[int]) -> list[Chunk]:
-        """What each row computes now. Rows share the budget in order; a prefix is looked up when its row begins."""
+        """What each row computes now. Rows share the chunk budget in order."""
         budget = self.info.chunk_tokens
         chunks = []
         for row in batch.live:
@@ -102,13 +90,19 @@ class Engine:
             if row.wants_prefill:
                 if budget == 0:
                     continue
-                if row.computed == 0:
-                    row.look_up(self.pool)
+                row.look_up(self.pool)
                 size = min(row.uncomputed, budget, row.prefill_budget or budget)
                 budget -= size
+            self._make_room(self.pool.blocks_for(row.computed + size) - len(row.blocks))
             fresh += row.grow(self.pool, row.computed + size)
             chunks.append(Chunk(row, row.computed, size, draws=size == row.uncomputed))
         return chunks
+
+    def _make_room(self, blocks: int) -> None:
+        """Held rows lose their KV when its blocks are wanted and not before, lowest rank first."""
+        while blocks > self.pool.free + self.pool.cached:
+            held = (row for row in self.rows.values() if row.use is Use.HELD and row.blocks)
+            min(held, key=lambda row: (row.hold_rank, row.key)).drop_kv(self.pool)
 
     def _advance(self, batch: Batch, chunks: Sequence[Chunk], tokens: Iterable[int]) -> list[pb.RowTokens]:
         """Writes down what the pass computed and drew; rows that ended leave."""
@@ -138,6 +132,7 @@ class Engine:
         row.finish = reason
         row.drop_kv(self.pool)
         del self.rows[row.key]
+        self.ended.add(row.key)
 
     def _fail(self, batch: Batch, error: Exception, fresh: Sequence[int]) -> None:
         """The pass failed: its rows end, and nothing it should have computed keeps a name."""
@@ -155,18 +150,21 @@ class Engine:
         drawn += [reports.drawn(row, None) for row in batch.dropped]
         batch.dropped = []
         if drawn:
-            self._send(step=pb.Step(batch=batch.number, step=batch.iterations, rows=drawn))
+            self.owner.send(step=pb.Step(batch=batch.number, step=batch.iterations, rows=drawn))
 
     # ---------------------------------------------------------------- from batch to batch
 
-    def _end_if_due(self, batch: Batch) -> None:
+    def _end_if_due(self) -> None:
+        batch = self.batch
+        if batch is None:
+            return
         if not batch.live:
             self._end(batch, pb.SliceReport.END_ALL_DONE)
         elif batch.iterations >= batch.steps:
             self._end(batch, pb.SliceReport.END_STEPS)
         elif batch.cut_at is not None and batch.iterations >= batch.cut_at:
             self._end(batch, pb.SliceReport.END_CUT)
-        elif batch.iterations and self.owner is not None and self.owner.full:
+        elif batch.iterations and self.owner.full:
             self._end(batch, pb.SliceReport.END_BACKPRESSURE)
 
     def _end(self, batch: Batch, end: pb.SliceReport.End, error: str = "") -> None:
@@ -174,104 +172,42 @@ class Engine:
         self.batch, self.base = None, batch
         self.batch_ended_us = self.clock()
         plan, self.standing = self.standing, None
-        refusal = self._start(plan) if plan else None
         if plan is None:
-            self._hold(batch.live)
+            hold(batch.live, self.pool)
+        else:
+            # A refusal goes before the report: the router would take a plan it sent for one that starts.
+            self._start(plan)
         self._send_deltas()
-        if plan and refusal:
-            # Before the report: the router would take a plan it sent for one that starts.
-            self.refuse(plan.number, refusal)
-        self._send(slice_report=reports.slice_report(batch, end, self._running, error))
+        next_batch = self.batch.number if self.batch else 0
+        self.owner.send(slice_report=reports.slice_report(batch, end, next_batch, error))
         self._send_load()
-        self._end_if_empty()
+        # A batch without rows does not run.
+        self._end_if_due()
 
-    def _end_if_empty(self) -> None:
-        if self.batch is not None and not self.batch.live:
-            self._end(self.batch, pb.SliceReport.END_ALL_DONE)
-
-    @property
-    def _running(self) -> int:
-        return self.batch.number if self.batch else 0
-
-    def _start(self, plan: Plan) -> Refusal | None:
-        """Forms the plan's batch, or changes nothing but who is held."""
-        known = list(self.rows.values())
-        for row in known:
-            row.cancel(self.pool)
+    def _start(self, plan: Plan) -> None:
+        """The plan's batch runs from now on, or the plan is refused and nothing runs."""
+        base = self.base.rows if self.base else []
         try:
-            kept = self._kept(plan)
-            rows = kept + plan.add
-            if len(rows) > self.info.max_rows:
-                raise Refusal(pb.Refused.REASON_TOO_MANY_ROWS, f"max_rows: {self.info.max_rows}")
-            members = set(kept)
-            self._hold(row for row in known if row not in members)
-            for row in kept:
-                row.move(self.pool, Use.RUNNING)
-            needs = self._reserve(plan, rows)
+            rows = admit(plan, base, self.rows, self.ended, self.pool, self.info.max_rows)
         except Refusal as refusal:
-            self._hold(known)
-            return refusal
-        for row, need in zip(rows, needs, strict=True):
-            row.promised = need
-            row.start()
+            self.refuse(plan.number, refusal)
+            return
+        self.ended.clear()
         self.rows.update((row.key, row) for row in plan.add)
+        for row in rows:
+            row.start()
         for key, rank in plan.hold_ranks.items():
             if key in self.rows:
                 self.rows[key].hold_rank = rank
-        now_us = self.clock()
         waiting_since_us = max(plan.arrived_us, self.batch_ended_us or 0)
-        self.batch = Batch(plan.number, rows, plan.steps, list(rows), queue_us=now_us - waiting_since_us)
-        return None
-
-    def _kept(self, plan: Plan) -> list[Row]:
-        base = self.base.rows if self.base else []
-        if plan.keep == pb.Plan.KEEP_NONE:
-            keys = []
-        elif plan.keep == pb.Plan.KEEP_LIST:
-            keys = plan.keep_rows
-            finished = {row.key for row in base if row.finish}
-            unknown = [key for key in keys if key not in self.rows and key not in finished]
-            if unknown:
-                raise Refusal(pb.Refused.REASON_UNKNOWN_ROW, "keep_rows", unknown)
-        else:
-            keys = [row.key for row in base]
-        twice = [row.key for row in plan.add if row.key in self.rows]
-        if twice:
-            raise Refusal(pb.Refused.REASON_INVALID, "add: a row the worker knows", twice)
-        return [self.rows[key] for key in keys if key in self.rows and key not in plan.leave]
-
-    def _reserve(self, plan: Plan, rows: Sequence[Row]) -> list[int]:
-        """Promises every row the blocks it can need in this batch, so that nothing runs short inside. Held rows outside
-        the batch lose their KV only if that is enough.
-        """
-        ceilings = [self.pool.blocks_for(row.positions_after(plan.steps)) for row in rows]
-        if plan.ceiling_blocks and sum(ceilings) > plan.ceiling_blocks:
-            raise Refusal(pb.Refused.REASON_NO_MEMORY, f"ceiling_blocks: {sum(ceilings)} wanted")
-        needs = [max(0, ceiling - len(row.blocks)) for ceiling, row in zip(ceilings, rows, strict=True)]
-        need = sum(needs)
-        if need > self.pool.available + self.pool.held:
-            raise Refusal(pb.Refused.REASON_NO_MEMORY, f"blocks: {need} wanted")
-        if need > self.pool.available:
-            members = set(rows)
-            outside = (row for row in self.rows.values() if row.blocks and row not in members)
-            for row in sorted(outside, key=lambda row: plan.hold_ranks.get(row.key, row.hold_rank)):
-                row.drop_kv(self.pool)
-                if need <= self.pool.available:
-                    break
-        self.pool.reserve(need)
-        return needs
-
-    def _hold(self, rows: Iterable[Row]) -> None:
-        for row in rows:
-            row.cancel(self.pool)
-            row.move(self.pool, Use.HELD)
+        self.batch = Batch(plan.number, rows, plan.steps, list(rows), queue_us=self.clock() - waiting_since_us)
 
     # ---------------------------------------------------------------- what the router says
 
     def handle(self, session: Session, message: pb.RouterMessage) -> None:
         """Takes one message. Nothing in it can end the worker."""
         body = message.WhichOneof("body")
-        if session is not self.owner:
+        if session is not self.owner.session:
             if body == "hello":
                 self._hello(session, message.hello)
             else:
@@ -281,45 +217,41 @@ class Engine:
         elif body == "cut":
             self._cut(message.cut)
         elif body == "drop":
-            self._drop(frozenset(RowKey.of(row) for row in message.drop.rows))
+            self._drop([RowKey.of(row) for row in message.drop.rows])
         elif body == "release_kv":
-            self._release_kv(frozenset(RowKey.of(row) for row in message.release_kv.rows))
+            self._release_kv([RowKey.of(row) for row in message.release_kv.rows])
         elif body == "resync":
             self._send_snapshot()
         elif body == "ping":
-            self._send(pong=pb.Pong(nonce=message.ping.nonce))
+            self.owner.send(pong=pb.Pong(nonce=message.ping.nonce))
         elif body == "hello":
             self.refuse(0, Refusal(pb.Refused.REASON_INVALID, "a second hello"))
         # A body from a later minor version is none of ours.
+        self._end_if_due()
 
     def _hello(self, session: Session, hello: pb.Hello) -> None:
-        if hello.owner_epoch <= self.owner_epoch:
-            self._turn_away(session, pb.Refused.REASON_NOT_OWNER, f"owner_epoch: {self.owner_epoch} owns this worker")
+        if hello.owner_epoch <= self.owner.epoch:
+            self._turn_away(session, pb.Refused.REASON_NOT_OWNER, f"owner_epoch: {self.owner.epoch} owns this worker")
             return
-        if self.owner is not None:
-            self.say_goodbye("another owner took the worker")
+        self.say_goodbye("another owner took the worker")
         self._drop_all()
-        self.owner, self.owner_epoch, self.state_seq = session, hello.owner_epoch, 0
+        self.owner.enter(session, hello.owner_epoch)
         self._send_snapshot()
 
     def _turn_away(self, session: Session, reason: pb.Refused.Reason, detail: str) -> None:
-        refused = reports.refused(0, Refusal(reason, detail), self.pool)
-        session.send(pb.WorkerMessage(worker_epoch=self.info.worker_epoch, state_seq=1, refused=refused))
-        session.close()
+        self.owner.turn_away(session, refused=reports.refused(0, Refusal(reason, detail), self.pool))
 
     def _take_plan(self, message: pb.Plan) -> None:
         try:
             self._check_base(message)
             plan = read_plan(message, self.info, self.clock())
-            if self.batch is not None:
-                self.standing = plan
-                return
-            refusal = self._start(plan)
-        except Refusal as answer:
-            refusal = answer
-        if refusal is not None:
+        except Refusal as refusal:
             self.refuse(message.plan_no, refusal)
-        self._end_if_empty()
+            return
+        if self.batch is None:
+            self._start(plan)
+        else:
+            self.standing = plan
 
     def _check_base(self, plan: pb.Plan) -> None:
         last = self.batch or self.base
@@ -330,25 +262,23 @@ class Engine:
 
     def _cut(self, cut: pb.Cut) -> None:
         batch = self.batch
-        if batch is None or batch.number != cut.batch:
-            return
-        at = max(batch.iterations, cut.after_step)
-        batch.cut_at = at if batch.cut_at is None else min(at, batch.cut_at)
-        self._end_if_due(batch)
+        if batch is not None and batch.number == cut.batch:
+            at = max(batch.iterations, cut.after_step)
+            batch.cut_at = at if batch.cut_at is None else min(at, batch.cut_at)
 
-    def _drop(self, keys: frozenset[RowKey]) -> None:
+    def _drop(self, keys: Sequence[RowKey]) -> None:
         if self.standing:
-            self.standing.forget(keys)
+            self.standing.forget(frozenset(keys))
         for key in keys:
-            if key in self.rows:
-                row = self.rows[key]
-                self._finish(row, common.FINISH_REASON_CANCELLED)
-                if self.batch and row in self.batch.live:
-                    self.batch.live.remove(row)
-                    self.batch.dropped.append(row)
-        self._end_if_empty()
+            row = self.rows.get(key)
+            if row is None:
+                continue
+            self._finish(row, common.FINISH_REASON_CANCELLED)
+            if self.batch and row in self.batch.live:
+                self.batch.live.remove(row)
+                self.batch.dropped.append(row)
 
-    def _release_kv(self, keys: frozenset[RowKey]) -> None:
+    def _release_kv(self, keys: Sequence[RowKey]) -> None:
         running = set(self.batch.live) if self.batch else set()
         for key in keys:
             row = self.rows.get(key)
@@ -359,10 +289,10 @@ class Engine:
 
     def closed(self, session: Session) -> None:
         """The stream is gone. The rows stay for the lease; nobody is left to be told."""
-        if session is not self.owner:
+        if session is not self.owner.session:
             return
-        self.owner = None
-        self._hold(self.rows.values())
+        self.owner.leave()
+        hold(self.rows.values(), self.pool)
         self.batch = self.standing = None
         self.lease_ends_us = self.clock() + self.lease_us
 
@@ -379,38 +309,31 @@ class Engine:
 
     def say_goodbye(self, reason: str) -> None:
         """Ends the owner's session, between two iterations."""
-        if self.owner is not None:
-            self._send(goodbye=pb.Goodbye(reason=reason))
-            self.owner.close()
-        self.owner = self.batch = self.standing = None
+        self.owner.send(goodbye=pb.Goodbye(reason=reason))
+        self.owner.leave()
+        self.batch = self.standing = None
 
     def _drop_all(self) -> None:
         for row in list(self.rows.values()):
             self._finish(row, common.FINISH_REASON_CANCELLED)
+        self.ended.clear()
         self.batch = self.base = self.standing = None
         self.lease_ends_us = self.batch_ended_us = self.device_idle_since_us = None
 
     # ---------------------------------------------------------------- what the worker says
 
-    def _send(self, **body: object) -> None:
-        if self.owner is not None:
-            self.state_seq += 1
-            self.owner.send(
-                pb.WorkerMessage(worker_epoch=self.info.worker_epoch, state_seq=self.state_seq, **body)  # type: ignore[arg-type]
-            )
-
     def _send_snapshot(self) -> None:
         self.pool.take_deltas()  # the snapshot says it all
         for snapshot in reports.snapshots(self.pool.names()):
-            self._send(snapshot=snapshot)
+            self.owner.send(snapshot=snapshot)
 
     def _send_deltas(self) -> None:
         for delta in reports.deltas(*self.pool.take_deltas()):
-            self._send(kv_delta=delta)
+            self.owner.send(kv_delta=delta)
 
     def _send_load(self) -> None:
         running = len(self.batch.live) if self.batch else 0
-        self._send(load=reports.load(running, self.rows.values(), self.pool, self.iterations))
+        self.owner.send(load=reports.load(running, self.rows.values(), self.pool, self.iterations))
 
     def refuse(self, plan_no: int, refusal: Refusal) -> None:
-        self._send(refused=reports.refused(plan_no, refusal, self.pool))
+        self.owner.send(refused=reports.refused(plan_no, refusal, self.pool))

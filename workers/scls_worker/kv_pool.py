@@ -45,8 +45,7 @@ class KvPool:
         self._by_hash: dict[int, int] = {}
         self._stored: dict[int, None] = {}
         self._removed: dict[int, None] = {}
-        # Blocks promised to rows and not taken yet. Never more than free and cached ones together, so that `take`
-        # cannot fail.
+        # Blocks promised to rows of the running batch and not taken yet: never more than no running row uses.
         self.reserved = 0
 
     # ---------------------------------------------------------------- counts
@@ -69,8 +68,8 @@ class KvPool:
 
     @property
     def available(self) -> int:
-        """Blocks that can be promised now without taking any from a row."""
-        return len(self._free) + len(self._cached) - self.reserved
+        """Blocks that can be promised now: all that no running row uses or was promised."""
+        return len(self._free) + len(self._cached) + self.held - self.reserved
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -89,7 +88,9 @@ class KvPool:
     # ---------------------------------------------------------------- use
 
     def take(self) -> int:
-        """A promised block, empty, for a running row: a free one, else the least recently used cached one."""
+        """A promised block, empty, for a running row: a free one, else the least recently used cached one. Where there
+        is neither, a held row has to go first.
+        """
         assert self.reserved > 0, "took a block that was not promised"
         self.reserved -= 1
         if self._free:
@@ -107,8 +108,8 @@ class KvPool:
         self.share(blocks)
 
     def can_share(self, block: int) -> bool:
-        """Sharing takes no promised block from anyone: the block is in use, or there is one to spare."""
-        return self._class(block) is not None or self.available > 0
+        """Sharing takes no promised block from anyone: a running row has it already, or there is one to spare."""
+        return self._class(block) is Use.RUNNING or self.available > 0
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more running row uses these named blocks."""
@@ -161,16 +162,15 @@ class KvPool:
 
     # ---------------------------------------------------------------- names
 
-    def look_up(self, root: int, hashes: Iterable[int], ids: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of a chain. A hash whose block has other ids or parents is a miss."""
+    def look_up(self, parent: Parent, hashes: Iterable[int], ids: Iterable[bytes]) -> list[int]:
+        """The longest run of named blocks that follow `parent`. A hash with other ids or another parent is a miss."""
         found: list[int] = []
-        parent = Parent(-1, root)
         for hash_, block_ids in zip(hashes, ids, strict=True):
             block = self._by_hash.get(hash_)
             if block is None or self._names[block] != Name(hash_, parent, block_ids):
                 break
             found.append(block)
-            parent = Parent(block, root)
+            parent = Parent(block, parent.root)
         return found
 
     def name(self, block: int, hash_: int, parent: Parent, ids: bytes) -> int | None:
@@ -239,4 +239,4 @@ class KvPool:
             assert name is None or name.parent.block < 0 or self._names[name.parent.block] is not None
         assert set(self._free) == {b for b, use in enumerate(users) if use is None and self._names[b] is None}
         assert len(self._by_hash) == sum(name is not None for name in self._names)
-        assert 0 <= self.reserved <= self.free + self.cached
+        assert 0 <= self.reserved <= self.free + self.cached + self.held

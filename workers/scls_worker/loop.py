@@ -9,7 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
-from .engine import Engine, Session
+from .engine import Engine
+from .owner import Session
 from .plans import Refusal
 from .proto import worker_pb2 as pb
 

@@ -91,18 +91,24 @@ class Row:
     # ---------------------------------------------------------------- KV
 
     def look_up(self, pool: KvPool) -> None:
-        """Takes the cached prefix. At least one token stays to be computed: its logits give the next one."""
-        whole = (self.known - 1) // pool.block_size
+        """Takes what the cache has of the row's next whole blocks. Asked before every chunk of its prefill: another row
+        may have computed them meanwhile. At least one token stays to be computed: its logits give the next one.
+        """
+        done, whole = len(self.blocks), (self.known - 1) // pool.block_size
+        if self.computed != done * pool.block_size or self.named != done or done >= whole:
+            return
         self._chain(whole, pool.block_size)
-        found = pool.look_up(self.hash_root, self.hashes[:whole], (self._ids(i, pool.block_size) for i in range(whole)))
+        ids = (self._ids(place, pool.block_size) for place in range(done, whole))
+        found = pool.look_up(self._parent(done), self.hashes[done:whole], ids)
         pool.adopt(found)
         self.promised -= len(found)
         self.blocks.extend(found)
-        self.named = len(found)
-        self.computed = len(found) * pool.block_size
-        self.found += self.computed
+        self.named += len(found)
+        tokens = len(found) * pool.block_size
+        self.computed += tokens
+        self.found += tokens
         if self.cached_prompt is not None:
-            self.cached_prompt = min(self.computed, self.prompt_len)
+            self.cached_prompt = min(self.cached_prompt + tokens, self.prompt_len)
 
     def grow(self, pool: KvPool, positions: int) -> list[int]:
         """Takes blocks up to `positions` and names those that become full. Returns the blocks named now.
@@ -153,6 +159,8 @@ class Row:
         del self.blocks[:]
         self.computed = self.named = 0
         self.nameable = self.wants_prefill = True
+        if self.cached_prompt is not None:
+            self.cached_prompt = 0
 
     def move(self, pool: KvPool, use: Use) -> None:
         if self.use is not use:

@@ -113,6 +113,17 @@ def test_a_row_finds_what_an_earlier_row_of_its_batch_computes() -> None:
     assert router.outputs[1, 0] == router.outputs[2, 0]
 
 
+def test_a_row_looks_up_before_every_chunk() -> None:
+    """Two rows of one prompt, prefilled side by side, each find what the other has computed."""
+    router = Router(chunk_tokens=8)
+    prompt = list(range(10, 43))
+    router.plan(1, add=[start(i, prompt, 3, prefill_budget=4) for i in (1, 2)])
+    (report,) = of(router.run(), "slice_report")
+    assert [row.computed + row.cached for row in report.rows] == [35, 35]
+    assert sum(row.computed for row in report.rows) == 32 + 2 * 3
+    assert router.outputs[1, 0] == router.outputs[2, 0] == mock_output(prompt, 3)
+
+
 def test_cached_counts_of_a_later_request() -> None:
     router = Router()
     first = start(1, 10, 6)
@@ -352,6 +363,18 @@ def test_unknown_rows_are_refused_when_the_plan_starts() -> None:
     assert len(router.finishes) == 2
 
 
+def test_rows_dropped_since_are_skipped_in_a_list() -> None:
+    router = Router()
+    router.plan(1, steps=2, add=[start(1, 5, 5), start(2, 5, 5)])
+    router.run()
+    router.say(drop=pb.Drop(rows=[row_id(1)]))
+    router.plan(2, 1, keep=pb.Plan.KEEP_LIST, keep_rows=[row_id(1), row_id(2)], steps=1)
+    (report,) = of(router.run(), "slice_report")
+    assert [row.row.request for row in report.rows] == [2]
+    router.plan(3, 2, keep=pb.Plan.KEEP_LIST, keep_rows=[row_id(1)], steps=1)
+    assert refusal(router).reason == pb.Refused.REASON_UNKNOWN_ROW
+
+
 def test_a_row_is_not_added_twice() -> None:
     router = Router()
     router.plan(1, add=[start(1, 5, 5), start(1, 5, 5)])
@@ -519,7 +542,7 @@ def test_the_first_message_is_a_hello_and_the_only_one() -> None:
     router.say(stranger, ping=pb.Ping(nonce=1))
     assert of(stranger.sent, "refused")[0].reason == pb.Refused.REASON_INVALID and stranger.is_closed
     router.say(hello=pb.Hello(owner_epoch=9))
-    assert refusal(router).reason == pb.Refused.REASON_INVALID and router.engine.owner is router.session
+    assert refusal(router).reason == pb.Refused.REASON_INVALID and router.engine.owner.session is router.session
 
 
 def test_rows_outlive_their_session_for_the_lease() -> None:

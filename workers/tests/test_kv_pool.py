@@ -28,7 +28,7 @@ def hashes(ids: list[bytes]) -> list[int]:
 
 
 def look_up(pool: KvPool, ids: list[bytes], root: int = ROOT) -> list[int]:
-    return pool.look_up(root, hashes(ids), ids)
+    return pool.look_up(Parent(-1, root), hashes(ids), ids)
 
 
 A, B, C, D = b"aaaa", b"bbbb", b"cccc", b"dddd"
@@ -77,11 +77,11 @@ def test_a_hash_with_other_ids_or_another_parent_is_a_miss() -> None:
     pool = KvPool(8, 4)
     chain(pool, [A, B])
     h = hashes([A, B])
-    assert pool.look_up(ROOT, h, [A, C]) != pool.look_up(ROOT, h, [A, B])
-    assert len(pool.look_up(ROOT, h, [A, C])) == 1 and pool.look_up(ROOT, h, [C, B]) == []
-    assert pool.look_up(ROOT + 1, h, [A, B]) == []
+    assert pool.look_up(Parent(-1, ROOT), h, [A, C]) != pool.look_up(Parent(-1, ROOT), h, [A, B])
+    assert len(pool.look_up(Parent(-1, ROOT), h, [A, C])) == 1 and pool.look_up(Parent(-1, ROOT), h, [C, B]) == []
+    assert pool.look_up(Parent(-1, ROOT + 1), h, [A, B]) == []
     # The second block's hash and ids alone are not its prefix.
-    assert pool.look_up(ROOT, h[1:], [B]) == []
+    assert pool.look_up(Parent(-1, ROOT), h[1:], [B]) == []
     (block,) = take(pool, 1)
     assert pool.name(block, h[0], Parent(-1, ROOT), C) is None
     assert pool.name(block, h[1], Parent(block, ROOT), B) is None
@@ -151,7 +151,7 @@ class Walk(RuleBasedStateMachine):
         pool = self.pool
         need = len(ids) + tail
         self.next_row += 1
-        if need > pool.available:
+        if need > pool.free + pool.cached:
             return -1
         pool.reserve(need)
         blocks = look_up(pool, ids)

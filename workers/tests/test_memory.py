@@ -58,6 +58,18 @@ def test_held_rows_are_evicted_lowest_rank_first() -> None:
     assert row.cached % 4 == 0 and row.computed + row.cached == 15 + 29
 
 
+def test_a_held_row_keeps_its_kv_while_nobody_takes_it() -> None:
+    """What a batch could need is promised; what it does need is taken."""
+    router = Router(blocks=16, chunk_tokens=64)
+    router.plan(1, steps=1, add=[start(1, 15, 30)])
+    router.run()
+    stop = mock_output(ids_of(start(2, 15, 40)), 3)[2]
+    router.plan(2, 1, keep=NONE, add=[start(2, 15, 40, stop_token_ids=[stop])])
+    assert router.pool.reserved == 14
+    router.run()
+    assert len(router.outputs[2, 0]) == 3 and router.pool.held == 4
+
+
 def test_hold_ranks_of_the_plan_itself_count() -> None:
     router = Router(blocks=16, chunk_tokens=64)
     router.plan(1, steps=1, add=[start(i, 15, 30, hold_rank=i) for i in (1, 2, 3)])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
@@ -23,6 +23,8 @@ LINE = "scls-worker listening on 127.0.0.1:"
 
 
 class Process:
+    running: ClassVar[list["Process"]] = []
+
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "scls_worker", *arguments],
@@ -31,6 +33,7 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.running.append(self)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith(LINE), self.process.communicate()[1]
@@ -66,12 +69,21 @@ class Talk:
         raise AssertionError(f"the stream ended without {body}")
 
 
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """A test that fails leaves no worker behind."""
+    yield
+    while Process.running:
+        process = Process.running.pop()
+        process.channel.close()
+        if process.process.poll() is None:
+            process.process.kill()
+            process.process.communicate()
+
+
 @pytest.fixture
-def mock() -> Iterator[Process]:
-    process = Process("--mock", "--vocab", "1000", "--block-size", "4", "--step-us", "200", "--worker-id", "m")
-    yield process
-    process.process.kill()
-    process.process.communicate()
+def mock() -> Process:
+    return Process("--mock", "--vocab", "1000", "--block-size", "4", "--step-us", "200", "--worker-id", "m")
 
 
 def plan(number: int, *rows: pb.RowStart, base: int = 0, steps: int = 100) -> pb.Plan:

@@ -1,13 +1,14 @@
-//! OpenAI's requests and answers: what is read of a body, and what is written.
+//! OpenAI's requests: what is read of a body.
 //!
 //! Every field is either served, or neutral, or refused by name: nothing that would change the answer is passed over
 //! in silence. Knows JSON and values' ranges; does not know models.
 
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
-use crate::generation::End;
+use crate::messages::{check_message, check_tool};
+use crate::prompt::Prompt;
 
 /// Most stop strings, and most bytes of one.
 const MOST_STOPS: (usize, usize) = (16, 1024);
@@ -38,19 +39,6 @@ pub struct Chat {
     pub params: Params,
 }
 
-/// A prompt as it comes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Prompt {
-    /// To be tokenised.
-    Text(String),
-    /// Tokenised by the client.
-    Ids(Vec<u32>),
-    /// Neither; what it is instead.
-    Other(&'static str),
-    /// More than one prompt.
-    Several,
-}
-
 /// Fields that both bodies have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Params {
@@ -76,8 +64,7 @@ pub struct Params {
     pub return_token_ids: bool,
 }
 
-/// A body as it was parsed: the prompt apart, because a list of a million ids as JSON values would take a hundred
-/// times its size.
+/// A body as it was parsed: the prompt apart, by its own parser.
 struct Body {
     prompt: Option<Prompt>,
     fields: Map<String, Value>,
@@ -104,114 +91,6 @@ impl<'de> Deserialize<'de> for Body {
             }
         }
         deserializer.deserialize_map(Fields)
-    }
-}
-
-impl<'de> Deserialize<'de> for Prompt {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(PromptVisitor)
-    }
-}
-
-struct PromptVisitor;
-
-impl<'de> Visitor<'de> for PromptVisitor {
-    type Value = Prompt;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str("a prompt")
-    }
-    fn visit_str<E>(self, text: &str) -> Result<Prompt, E> {
-        Ok(Prompt::Text(text.to_owned()))
-    }
-    fn visit_string<E>(self, text: String) -> Result<Prompt, E> {
-        Ok(Prompt::Text(text))
-    }
-    fn visit_bool<E>(self, _: bool) -> Result<Prompt, E> {
-        Ok(Prompt::Other("a boolean"))
-    }
-    fn visit_i64<E>(self, _: i64) -> Result<Prompt, E> {
-        Ok(Prompt::Other("a number"))
-    }
-    fn visit_u64<E>(self, _: u64) -> Result<Prompt, E> {
-        Ok(Prompt::Other("a number"))
-    }
-    fn visit_f64<E>(self, _: f64) -> Result<Prompt, E> {
-        Ok(Prompt::Other("a number"))
-    }
-    fn visit_unit<E>(self) -> Result<Prompt, E> {
-        Ok(Prompt::Other("null"))
-    }
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Prompt, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Prompt::Other("an object"))
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
-        let mut ids = Vec::new();
-        let mut other = None;
-        let mut nested: Option<Prompt> = None;
-        while let Some(item) = seq.next_element::<Item>()? {
-            match item {
-                Item::Id(id) if nested.is_none() => ids.push(id),
-                Item::Prompt(prompt) if nested.is_none() && ids.is_empty() => nested = Some(prompt),
-                Item::Prompt(_) if nested.is_some() => other = other.or(Some(Prompt::Several)),
-                _ => other = Some(Prompt::Other("a list with items that are no token ids")),
-            }
-        }
-        Ok(other.or(nested).unwrap_or(Prompt::Ids(ids)))
-    }
-}
-
-/// An item of a list that stands for a prompt.
-enum Item {
-    Id(u32),
-    Prompt(Prompt),
-    Other,
-}
-
-impl<'de> Deserialize<'de> for Item {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ItemVisitor;
-        impl<'de> Visitor<'de> for ItemVisitor {
-            type Value = Item;
-            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-                f.write_str("a token id or a prompt")
-            }
-            fn visit_u64<E>(self, id: u64) -> Result<Item, E> {
-                Ok(u32::try_from(id).map_or(Item::Other, Item::Id))
-            }
-            fn visit_i64<E>(self, _: i64) -> Result<Item, E> {
-                Ok(Item::Other)
-            }
-            fn visit_f64<E>(self, _: f64) -> Result<Item, E> {
-                Ok(Item::Other)
-            }
-            fn visit_bool<E>(self, _: bool) -> Result<Item, E> {
-                Ok(Item::Other)
-            }
-            fn visit_unit<E>(self) -> Result<Item, E> {
-                Ok(Item::Other)
-            }
-            fn visit_str<E>(self, text: &str) -> Result<Item, E> {
-                Ok(Item::Prompt(Prompt::Text(text.to_owned())))
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Item, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Item::Other)
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Item, A::Error> {
-                let mut ids = Vec::new();
-                let mut whole = true;
-                while let Some(id) = seq.next_element::<Value>()? {
-                    match id.as_u64().and_then(|id| u32::try_from(id).ok()) {
-                        Some(id) => ids.push(id),
-                        None => whole = false,
-                    }
-                }
-                Ok(if whole { Item::Prompt(Prompt::Ids(ids)) } else { Item::Other })
-            }
-        }
-        deserializer.deserialize_any(ItemVisitor)
     }
 }
 
@@ -393,15 +272,19 @@ fn is_neutral(name: &str, value: &Value, with_tools: bool) -> bool {
 }
 
 fn wrong(name: &str, want: &str, got: &Value) -> Error {
-    let got = match got {
+    Error::invalid(name, format!("{name} must be {want}: {}", kind_of(got)))
+}
+
+/// What a value is, for messages.
+pub fn kind_of(value: &Value) -> &'static str {
+    match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
-    };
-    Error::invalid(name, format!("{name} must be {want}: {got}"))
+    }
 }
 
 fn parse(body: &[u8]) -> Result<Body, Error> {
@@ -475,180 +358,6 @@ impl Chat {
         }
         fields.nothing_else(tools.is_some())?;
         Ok(Self { model, messages, tools, params })
-    }
-}
-
-fn check_message(at: usize, message: &Value) -> Result<(), Error> {
-    let place = |field: &str| format!("messages[{at}]{field}");
-    if !message.is_object() {
-        return Err(wrong(&place(""), "an object", message));
-    }
-    match message["role"].as_str() {
-        Some("system" | "developer" | "user" | "assistant" | "tool" | "function") => {}
-        Some(role) => return Err(Error::invalid(place(".role"), format!("an unknown role: {role}"))),
-        None => return Err(wrong(&place(".role"), "a string", &message["role"])),
-    }
-    match &message["content"] {
-        Value::String(_) => {}
-        // Only a message of something else, such as calls, goes without content.
-        Value::Null if message["role"] == "assistant" => {}
-        Value::Array(parts) => {
-            for part in parts {
-                match (part["type"].as_str(), &part["text"]) {
-                    (Some("text"), Value::String(_)) => {}
-                    (Some("text"), other) => return Err(wrong(&place(".content"), "parts with a text", other)),
-                    (Some(kind), _) => {
-                        let message = format!("parts of type text are supported: {kind}");
-                        return Err(Error::Unsupported { message, param: place(".content") });
-                    }
-                    (None, _) => return Err(wrong(&place(".content"), "parts with a type", &part["type"])),
-                }
-            }
-        }
-        other => return Err(wrong(&place(".content"), "a string or a list of parts", other)),
-    }
-    match &message["tool_calls"] {
-        Value::Null => Ok(()),
-        Value::Array(calls) => match calls.iter().find(|call| !call["function"]["name"].is_string()) {
-            Some(_) => Err(Error::invalid(place(".tool_calls"), "a tool call has a function with a name")),
-            None => Ok(()),
-        },
-        other => Err(wrong(&place(".tool_calls"), "a list", other)),
-    }
-}
-
-fn check_tool(at: usize, tool: &Value) -> Result<(), Error> {
-    let place = format!("tools[{at}]");
-    if tool["type"] != "function" {
-        return Err(Error::Unsupported {
-            message: format!("tools of type function are supported: {place}"),
-            param: place,
-        });
-    }
-    if !tool["function"]["name"].is_string() {
-        return Err(Error::invalid(place, "a tool has a function with a name"));
-    }
-    Ok(())
-}
-
-/// Which of the two endpoints answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// `/v1/completions`.
-    Completion,
-    /// `/v1/chat/completions`.
-    Chat,
-}
-
-/// What all parts of one answer have in common.
-#[derive(Clone, Debug)]
-pub struct Answer {
-    /// The endpoint.
-    pub kind: Kind,
-    /// The answer's id.
-    pub id: String,
-    /// The model's name as it was asked for.
-    pub model: String,
-    /// Unix seconds.
-    pub created: u64,
-    /// The client wants `"usage": null` in all events but the last.
-    pub include_usage: bool,
-    /// The client wants ids.
-    pub token_ids: bool,
-}
-
-fn finish_reason(end: Option<&End>) -> Value {
-    match end {
-        None => Value::Null,
-        Some(end) if end.stopped => json!("stop"),
-        Some(_) => json!("length"),
-    }
-}
-
-/// OpenAI's usage object.
-pub fn usage(end: &End) -> Value {
-    json!({
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.completion_tokens,
-        "total_tokens": end.prompt_tokens + end.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
-    })
-}
-
-/// Our own part of an answer.
-fn scls(end: &End) -> Value {
-    let ttft_ms = end.ttft.map(|ttft| (ttft.as_secs_f64() * 1e6).round() / 1e3);
-    json!({"worker": end.worker.as_deref(), "slices": end.slices, "ttft_ms": ttft_ms})
-}
-
-impl Answer {
-    fn envelope(&self, object: &str, choices: Value) -> Value {
-        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices})
-    }
-
-    /// The whole answer at once.
-    pub fn whole(&self, text: &str, ids: &[u32], end: &End) -> Value {
-        let mut choice = match self.kind {
-            Kind::Completion => json!({"index": 0, "text": text}),
-            Kind::Chat => json!({"index": 0, "message": {"role": "assistant", "content": text, "refusal": null}}),
-        };
-        choice["logprobs"] = Value::Null;
-        choice["finish_reason"] = finish_reason(Some(end));
-        if self.token_ids {
-            choice["token_ids"] = json!(ids);
-        }
-        let object = match self.kind {
-            Kind::Completion => "text_completion",
-            Kind::Chat => "chat.completion",
-        };
-        let mut answer = self.envelope(object, json!([choice]));
-        answer["usage"] = usage(end);
-        answer["scls"] = scls(end);
-        answer
-    }
-
-    fn chunk(&self, choices: Value) -> Value {
-        let object = match self.kind {
-            Kind::Completion => "text_completion",
-            Kind::Chat => "chat.completion.chunk",
-        };
-        let mut chunk = self.envelope(object, choices);
-        if self.include_usage {
-            chunk["usage"] = Value::Null;
-        }
-        chunk
-    }
-
-    /// The first event of a chat's stream: whose message it is.
-    pub fn opening(&self) -> Option<Value> {
-        let delta = json!({"role": "assistant", "content": ""});
-        let choice = json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": null});
-        (self.kind == Kind::Chat).then(|| self.chunk(json!([choice])))
-    }
-
-    /// An event with text, with ids if they are wanted, or with the reason of the end.
-    pub fn event(&self, text: &str, ids: &[u32], end: Option<&End>) -> Value {
-        let mut choice = match self.kind {
-            Kind::Completion => json!({"index": 0, "text": text}),
-            Kind::Chat if text.is_empty() => json!({"index": 0, "delta": {}}),
-            Kind::Chat => json!({"index": 0, "delta": {"content": text}}),
-        };
-        choice["logprobs"] = Value::Null;
-        choice["finish_reason"] = finish_reason(end);
-        if self.token_ids {
-            choice["token_ids"] = json!(ids);
-        }
-        self.chunk(json!([choice]))
-    }
-
-    /// The last event, if the client wants the usage.
-    pub fn closing(&self, end: &End) -> Option<Value> {
-        self.include_usage.then(|| {
-            let mut chunk = self.chunk(json!([]));
-            chunk["usage"] = usage(end);
-            chunk["scls"] = scls(end);
-            chunk
-        })
     }
 }
 
@@ -815,24 +524,21 @@ mod tests {
         ] {
             parse(right).expect(right);
         }
-        for (wrong, param) in [
-            ("[]", "messages"),
-            ("{}", "messages"),
-            ("[5]", "messages[0]"),
-            (r#"[{"content": "hi"}]"#, "messages[0].role"),
-            (r#"[{"role": "king", "content": "hi"}]"#, "messages[0].role"),
-            (r#"[{"role": "user", "content": null}]"#, "messages[0].content"),
-            (r#"[{"role": "user", "content": 5}]"#, "messages[0].content"),
-            (
-                r#"[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]"#,
-                "messages[0].content",
-            ),
-            (r#"[{"role": "user", "content": [{"type": "text"}]}]"#, "messages[0].content"),
-            (r#"[{"role": "assistant", "content": "a", "tool_calls": {}}]"#, "messages[0].tool_calls"),
-            (r#"[{"role": "assistant", "content": "a", "tool_calls": [{}]}]"#, "messages[0].tool_calls"),
+        for wrong in [
+            "[]",
+            "{}",
+            "[5]",
+            r#"[{"content": "hi"}]"#,
+            r#"[{"role": "king", "content": "hi"}]"#,
+            r#"[{"role": "user", "content": null}]"#,
+            r#"[{"role": "user", "content": 5}]"#,
+            r#"[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]"#,
+            r#"[{"role": "user", "content": [{"type": "text"}]}]"#,
+            r#"[{"role": "assistant", "content": "a", "tool_calls": {}}]"#,
+            r#"[{"role": "assistant", "content": "a", "tool_calls": [{}]}]"#,
         ] {
             let error = parse(wrong).expect_err(wrong);
-            assert_eq!(at_fault(&error), (400, json!(param)), "{wrong}");
+            assert_eq!(at_fault(&error), (400, json!("messages")), "{wrong}");
         }
     }
 

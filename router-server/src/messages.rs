@@ -1,0 +1,60 @@
+//! What a conversation and its tools must look like before a chat template sees them.
+
+use serde_json::Value;
+
+use crate::error::Error;
+use crate::request::kind_of;
+
+/// Checks one message. The fault is the list's; where in it, the error says.
+pub fn check_message(at: usize, message: &Value) -> Result<(), Error> {
+    let fault = |field: &str, want: &str, got: &Value| {
+        Err(Error::invalid("messages", format!("messages[{at}]{field} must be {want}: {}", kind_of(got))))
+    };
+    if !message.is_object() {
+        return fault("", "an object", message);
+    }
+    match message["role"].as_str() {
+        Some("system" | "developer" | "user" | "assistant" | "tool" | "function") => {}
+        Some(role) => return Err(Error::invalid("messages", format!("messages[{at}] has an unknown role: {role}"))),
+        None => return fault(".role", "a string", &message["role"]),
+    }
+    match &message["content"] {
+        Value::String(_) => {}
+        // Only a message of something else, such as calls, goes without content.
+        Value::Null if message["role"] == "assistant" => {}
+        Value::Array(parts) => {
+            for part in parts {
+                match (part["type"].as_str(), &part["text"]) {
+                    (Some("text"), Value::String(_)) => {}
+                    (Some("text"), other) => return fault(".content", "parts with a text", other),
+                    (Some(kind), _) => {
+                        let message = format!("messages[{at}].content: only parts of type text are supported: {kind}");
+                        return Err(Error::Unsupported { message, param: "messages".into() });
+                    }
+                    (None, _) => return fault(".content", "parts with a type", &part["type"]),
+                }
+            }
+        }
+        other => return fault(".content", "a string or a list of parts", other),
+    }
+    match &message["tool_calls"] {
+        Value::Null => Ok(()),
+        Value::Array(calls) => match calls.iter().find(|call| !call["function"]["name"].is_string()) {
+            Some(call) => fault(".tool_calls", "calls of functions with a name", call),
+            None => Ok(()),
+        },
+        other => fault(".tool_calls", "a list", other),
+    }
+}
+
+/// A tool is a function with a name.
+pub fn check_tool(at: usize, tool: &Value) -> Result<(), Error> {
+    if tool["type"] != "function" {
+        let message = format!("tools[{at}]: only tools of type function are supported");
+        return Err(Error::Unsupported { message, param: "tools".into() });
+    }
+    if !tool["function"]["name"].is_string() {
+        return Err(Error::invalid("tools", format!("tools[{at}] must have a function with a name")));
+    }
+    Ok(())
+}
