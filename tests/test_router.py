@@ -117,6 +117,44 @@ def test_a_second_turn_hits_what_the_first_left(pair: tuple[Router, list[RustMoc
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == (160 + 31) // 16 * 16
 
 
+def test_sixteen_interleaved_conversations_hit_nearly_what_one_endless_cache_would() -> None:
+    """Closed loop under one system prompt, on two workers that are never both idle: the answers go into the history."""
+    workers = [mock("--step-us", "2000") for _ in range(2)]
+    system = prompt(1, 700)
+    served: list[tuple[float, list[int], list[int], dict]] = []
+
+    def converse(router: Router, conversation: int) -> None:
+        history = list(system)
+        for turn in range(6):
+            history += prompt(1000 * (conversation + 1) + turn, 40)
+            sent = time.monotonic()
+            body = completion(router, history, 30)
+            answer = body["choices"][0]["token_ids"]
+            served.append((sent, list(history), answer, body))
+            history += answer
+
+    try:
+        with Router([w.url for w in workers], "--slice-len", "16") as router:
+            with ThreadPoolExecutor(16) as pool:
+                for run in [pool.submit(converse, router, i) for i in range(16)]:
+                    run.result()
+            router.wait_drained()
+            used = {body["scls"]["worker"] for *_, body in served}
+            busy = router.worker_metric("worker_busy_seconds_total")
+    finally:
+        for worker in workers:
+            worker.stop()
+    known: set[tuple[int, ...]] = set()
+    ideal = cached = 0
+    for _, ids, answer, body in sorted(served, key=lambda s: s[0]):
+        most = (len(ids) - 1) // 16
+        ideal += 16 * next((i for i in range(most) if tuple(ids[: 16 * (i + 1)]) not in known), most)
+        known |= {tuple((ids + answer)[: 16 * (i + 1)]) for i in range((len(ids) + len(answer)) // 16)}
+        cached += body["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert len(used) == 2 and min(busy) > 0.2 * max(busy), "both served"
+    assert cached >= 0.9 * ideal, f"{cached} of {ideal}: {cached / ideal:.3f}"
+
+
 def test_a_client_that_goes_away_frees_its_row_at_the_next_step(pair: tuple[Router, list[RustMock]]) -> None:
     router, _ = pair
     host, port = router.addresses["http"].split(":")

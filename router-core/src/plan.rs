@@ -23,12 +23,21 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     let size = worker.spec.model.block_size;
     let most = worker.cap.unwrap_or(usize::MAX).min(worker.spec.max_rows as usize);
 
+    // Rows of the running batch that are still here: once they are seen and the batch is full, the rest only waits.
+    let mut unseen = worker.running.as_ref().map_or(0, |batch| {
+        let here = |m: &&Member| rows.get(&m.key.row).is_some_and(|row| row.attempt == m.key.attempt);
+        batch.members.iter().filter(here).count()
+    });
     let mut members = Vec::new();
     let mut used = Blocks::ZERO;
     let mut full = false;
     let mut leave = Vec::new();
     for row in worker.rows.values().filter_map(|id| rows.get(id)) {
-        let running = worker.runs(row.key());
+        if full && unseen == 0 {
+            break;
+        }
+        let running = row.home().filter(|home| home.known).and_then(|_| worker.runs(row.key()));
+        unseen -= usize::from(running.is_some());
         let tokens = running.map_or_else(|| row.tokens(), |member| (member.tokens + steps).min(row.total()));
         // Drew a token already and reaches its limit in this slice at the latest: no place is kept for it. Should the
         // slice end early after all, it is held and planned again.

@@ -567,7 +567,13 @@ impl Scheduler {
         };
         let Some(batch) = batch else { return };
         worker.dirty = true;
-        for key in batch.added.iter().chain(rows.iter().filter(|_| reason == Refusal::UnknownRow)) {
+        let kept: Vec<RowKey> = batch.members.iter().map(|member| member.key).collect();
+        let unknown: &[RowKey] = match (reason, rows) {
+            (Refusal::UnknownRow, []) => &kept,
+            (Refusal::UnknownRow, named) => named,
+            _ => &[],
+        };
+        for key in batch.added.iter().chain(unknown) {
             if let Some(row) = self.rows.get_mut(&key.row).filter(|row| row.attempt == key.attempt)
                 && let Some(home) = row.home_mut().filter(|home| home.worker == id)
             {
@@ -577,11 +583,17 @@ impl Scheduler {
         match reason {
             Refusal::Stale | Refusal::UnknownRow => {}
             Refusal::Unsupported => {
-                let named: Vec<RowId> =
-                    if rows.is_empty() { &batch.added } else { rows }.iter().map(|k| k.row).collect();
-                for row in named {
-                    self.drop_at_worker(row, actions);
-                    self.finish(row, FinishReason::Error, Some(format!("the worker refused it: {detail}")), actions);
+                let named = if rows.is_empty() { &batch.added } else { rows };
+                if named.is_empty() {
+                    // no row is at fault, so the same plan would be refused for ever
+                    actions.push(Action::Quarantine(id, format!("it refused plan {plan}: {detail}")));
+                }
+                for key in named {
+                    if self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)) {
+                        self.drop_at_worker(key.row, actions);
+                        let why = format!("the worker refused it: {detail}");
+                        self.finish(key.row, FinishReason::Error, Some(why), actions);
+                    }
                 }
             }
             Refusal::NoMemory | Refusal::TooManyRows if batch.members.len() > 1 => {

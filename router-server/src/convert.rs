@@ -327,6 +327,8 @@ mod tests {
 
     use super::*;
 
+    type Breaks = fn(&mut proto::WorkerInfo);
+
     fn info() -> proto::WorkerInfo {
         proto::WorkerInfo {
             worker_id: "w0".into(),
@@ -349,7 +351,7 @@ mod tests {
     #[test]
     fn an_announcement_is_checked() {
         assert_eq!(worker_spec(&info()).expect("valid").most_tokens(), Tokens(128));
-        let broken: [(&str, fn(&mut proto::WorkerInfo)); 7] = [
+        let broken: [(&str, Breaks); 7] = [
             ("block_size", |info| info.block_size = 0),
             ("blocks", |info| info.blocks = 0),
             ("vocab_size", |info| info.vocab_size = 0),

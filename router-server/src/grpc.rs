@@ -2,7 +2,6 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use axum::http::StatusCode;
 use futures::Stream;
@@ -11,7 +10,9 @@ use tonic::{Request, Response, Status};
 use crate::convert;
 use crate::error::Error;
 use crate::generation::{End, Generation, Job, Piece};
-use crate::http::{App, Meter, random, random_id};
+use crate::http::App;
+use crate::ids::{random, random_id};
+use crate::meter::Meter;
 use crate::pool::Pool;
 use crate::proto::{
     self, FinishReason, GenerateRequest, GenerateResponse, Limits, Sampling, Usage, prompt, router_server,
@@ -29,7 +30,7 @@ impl Service {
     }
 
     async fn start(&self, request: GenerateRequest, meter: &mut Meter) -> Result<Generation, Error> {
-        if self.app.draining.load(Ordering::Relaxed) {
+        if self.app.is_draining() {
             return Err(Error::Draining);
         }
         let pool = self.app.fleet.pool(&request.model)?;

@@ -37,8 +37,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_millis(500);
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
-/// A refused worker is tried again, in case another takes its place.
-const REFUSED: Duration = Duration::from_secs(5);
+/// A refused worker is tried again, in case another takes its place: after the first, twice it, and so on to the last.
+const REFUSED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)];
 
 /// Why a session is no more.
 enum Ended {
@@ -57,6 +57,7 @@ impl Ended {
 /// Dials for ever; aborted from outside.
 pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
     let mut backoff = BACKOFF[0];
+    let mut refused = REFUSED[0];
     let mut told = String::new();
     loop {
         let mut opened = false;
@@ -66,10 +67,11 @@ pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
         // A session that breaks at once is no reason for haste.
         if opened && began.elapsed() > SILENCE {
             backoff = BACKOFF[0];
+            refused = REFUSED[0];
         }
         let (state, why, pause) = match ended {
             Ended::Lost(why) => (State::Connecting, why, backoff),
-            Ended::Refused(why) => (State::Refused, why, REFUSED),
+            Ended::Refused(why) => (State::Refused, why, refused),
         };
         // Said once, not at every attempt.
         if told != why || opened {
@@ -85,7 +87,10 @@ pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
             seen.detail = why;
             seen.seat = None;
         });
-        backoff = (backoff * 2).min(BACKOFF[1]);
+        match state {
+            State::Refused => refused = (refused * 2).min(REFUSED[1]),
+            _ => backoff = (backoff * 2).min(BACKOFF[1]),
+        }
         tokio::time::sleep(pause).await;
     }
 }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::error::Error;
-use crate::request::kind_of;
+use crate::fields::kind_of;
 
 /// Checks one message. The fault is the list's; where in it, the error says.
 pub fn check_message(at: usize, message: &Value) -> Result<(), Error> {

@@ -60,14 +60,17 @@ pub struct Metrics {
     gauges: Vec<WorkerGauge>,
 }
 
+/// Reads one number of a worker.
+type Read = fn(&WorkerLoad) -> u64;
+
 /// One number of a [`WorkerLoad`] as a gauge.
 struct WorkerGauge {
     family: Family<ByWorker, Gauge>,
-    read: fn(&WorkerLoad) -> u64,
+    read: Read,
 }
 
 /// Name, help and source of the gauges per worker.
-const GAUGES: [(&str, &str, fn(&WorkerLoad) -> u64); 9] = [
+const GAUGES: [(&str, &str, Read); 9] = [
     ("worker_ready", "1 if the worker takes rows", |load| u64::from(load.ready)),
     ("worker_queued_tokens", "Q: prefill tokens assigned and not computed", |load| load.queued.0),
     ("worker_batch_size", "b: rows assigned and not finished", |load| load.batch_size),

@@ -24,7 +24,7 @@ use crate::tokenizer::Tokenizer;
 /// Texts that are tokenised or rendered at once; more wait. It is work for a processor, so more would gain nothing.
 const ENCODERS: usize = 4;
 /// Texts that may wait for that; more are answered 429.
-const WAITING: usize = 256;
+const WAITING: usize = 1024;
 
 /// The files of a model directory that the router needs, by name.
 pub type Files = HashMap<String, Vec<u8>>;

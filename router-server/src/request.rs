@@ -7,11 +7,10 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
+use crate::fields::{Fields, wrong};
 use crate::messages::{check_message, check_tool};
 use crate::prompt::Prompt;
 
-/// Most stop strings, and most bytes of one.
-const MOST_STOPS: (usize, usize) = (16, 1024);
 /// Most messages of a conversation.
 const MOST_MESSAGES: usize = 65_536;
 
@@ -41,6 +40,7 @@ pub struct Chat {
 
 /// Fields that both bodies have.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::struct_excessive_bools)] // they are the client's, and as they come
 pub struct Params {
     /// Most output tokens, if the client says.
     pub max_tokens: Option<u32>,
@@ -91,199 +91,6 @@ impl<'de> Deserialize<'de> for Body {
             }
         }
         deserializer.deserialize_map(Fields)
-    }
-}
-
-/// The fields of a body, taken one by one; what is left over at the end was not expected.
-struct Fields(Map<String, Value>);
-
-impl Fields {
-    /// A field's value; `null` is absence.
-    fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.shift_remove(name).filter(|value| !value.is_null())
-    }
-
-    fn string(&mut self, name: &str) -> Result<Option<String>, Error> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(wrong(name, "a string", &other)),
-        }
-    }
-
-    fn flag(&mut self, name: &str) -> Result<bool, Error> {
-        match self.take(name) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(flag),
-            Some(other) => Err(wrong(name, "a boolean", &other)),
-        }
-    }
-
-    fn count(&mut self, name: &str, least: u32) -> Result<Option<u32>, Error> {
-        let Some(value) = self.take(name) else { return Ok(None) };
-        let Value::Number(number) = &value else {
-            return Err(wrong(name, "an integer", &value));
-        };
-        match number.as_u64().and_then(|count| u32::try_from(count).ok()) {
-            Some(count) if count >= least => Ok(Some(count)),
-            _ => Err(Error::invalid(name, format!("{name} must be an integer from {least} to {}: {number}", u32::MAX))),
-        }
-    }
-
-    fn temperature(&mut self) -> Result<f32, Error> {
-        let Some(value) = self.take("temperature") else { return Ok(1.0) };
-        match value.as_f64() {
-            Some(temperature) if (0.0..=2.0).contains(&temperature) => Ok(temperature as f32),
-            Some(temperature) => {
-                Err(Error::invalid("temperature", format!("temperature must be between 0 and 2: {temperature}")))
-            }
-            None => Err(wrong("temperature", "a number", &value)),
-        }
-    }
-
-    fn seed(&mut self) -> Result<Option<u64>, Error> {
-        let Some(value) = self.take("seed") else { return Ok(None) };
-        // Negative seeds are as good as others.
-        let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
-        seed.map(Some).ok_or_else(|| wrong("seed", "an integer of 64 bits", &value))
-    }
-
-    fn stop(&mut self) -> Result<Vec<String>, Error> {
-        let stops = match self.take("stop") {
-            None => return Ok(Vec::new()),
-            Some(Value::String(stop)) => vec![stop],
-            Some(Value::Array(stops)) => {
-                let text = |stop| match stop {
-                    Value::String(text) => Ok(text),
-                    other => Err(wrong("stop", "a list of strings", &other)),
-                };
-                stops.into_iter().map(text).collect::<Result<_, _>>()?
-            }
-            Some(other) => return Err(wrong("stop", "a string or a list of strings", &other)),
-        };
-        let (most, longest) = MOST_STOPS;
-        if stops.len() > most {
-            return Err(Error::invalid("stop", format!("more than {most} stop strings: {}", stops.len())));
-        }
-        if let Some(stop) = stops.iter().find(|stop| stop.is_empty() || stop.len() > longest) {
-            return Err(Error::invalid("stop", format!("a stop string has 1 to {longest} bytes: {}", stop.len())));
-        }
-        Ok(stops)
-    }
-
-    fn stop_token_ids(&mut self) -> Result<Vec<u32>, Error> {
-        let ids = match self.take("stop_token_ids") {
-            None => return Ok(Vec::new()),
-            Some(Value::Array(ids)) if ids.len() <= 1024 => ids,
-            Some(other) => return Err(wrong("stop_token_ids", "a list of at most 1024 token ids", &other)),
-        };
-        let id = |id: Value| {
-            let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
-            number.ok_or_else(|| wrong("stop_token_ids", "a list of token ids", &id))
-        };
-        ids.into_iter().map(id).collect()
-    }
-
-    fn include_usage(&mut self, stream: bool) -> Result<bool, Error> {
-        let options = match self.take("stream_options") {
-            None => return Ok(false),
-            Some(Value::Object(_)) if !stream => {
-                return Err(Error::invalid("stream_options", "stream_options needs stream: true"));
-            }
-            Some(Value::Object(options)) => options,
-            Some(other) => return Err(wrong("stream_options", "an object", &other)),
-        };
-        let mut options = Self(options);
-        let include = options.flag("include_usage")?;
-        // It pads events to hide their lengths; to be without it is the answer of most servers.
-        let _ = options.flag("include_obfuscation")?;
-        match options.0.into_iter().find(|(_, value)| !value.is_null()) {
-            Some((name, _)) => Err(Error::unsupported(format!("stream_options.{name}"))),
-            None => Ok(include),
-        }
-    }
-
-    fn params(&mut self) -> Result<Params, Error> {
-        let max_tokens = self.count("max_tokens", 1)?;
-        let max_completion_tokens = self.count("max_completion_tokens", 1)?;
-        let stream = self.flag("stream")?;
-        Ok(Params {
-            // The new name wins where both are given, as at OpenAI.
-            max_tokens: max_completion_tokens.or(max_tokens),
-            min_tokens: self.count("min_tokens", 0)?.unwrap_or(0),
-            temperature: self.temperature()?,
-            seed: self.seed()?,
-            stop: self.stop()?,
-            stop_token_ids: self.stop_token_ids()?,
-            ignore_eos: self.flag("ignore_eos")?,
-            include_usage: self.include_usage(stream)?,
-            stream,
-            return_token_ids: self.flag("return_token_ids")?,
-        })
-    }
-
-    fn model(&mut self) -> Result<String, Error> {
-        let model = self.string("model")?.ok_or_else(|| Error::invalid("model", "the model is missing"))?;
-        if model.is_empty() { Err(Error::invalid("model", "the model's name is empty")) } else { Ok(model) }
-    }
-
-    /// Refuses what is left over, unless it says what would be done without it.
-    fn nothing_else(self, with_tools: bool) -> Result<(), Error> {
-        for (name, value) in self.0 {
-            if !value.is_null() && !is_neutral(&name, &value, with_tools) {
-                return Err(Error::unsupported(name));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether a field that is not served asks for nothing that is not done anyway.
-fn is_neutral(name: &str, value: &Value, with_tools: bool) -> bool {
-    let number = |neutral: &[f64]| value.as_f64().is_some_and(|value| neutral.contains(&value));
-    match name {
-        // Who asks, and for what, does not change the answer.
-        "user" | "safety_identifier" | "prompt_cache_key" => value.is_string(),
-        "metadata" => value.is_object(),
-        "n" | "best_of" | "top_p" | "repetition_penalty" | "length_penalty" => number(&[1.0]),
-        "top_k" => number(&[0.0, -1.0]),
-        "min_p" | "presence_penalty" | "frequency_penalty" | "top_logprobs" | "priority" => number(&[0.0]),
-        "logit_bias" | "chat_template_kwargs" | "scls" => value.as_object().is_some_and(Map::is_empty),
-        "logprobs"
-        | "echo"
-        | "store"
-        | "use_beam_search"
-        | "include_stop_str_in_output"
-        | "early_stopping"
-        | "continue_final_message" => value == &json!(false),
-        "skip_special_tokens"
-        | "spaces_between_special_tokens"
-        | "add_generation_prompt"
-        | "detokenize"
-        | "parallel_tool_calls" => value == &json!(true),
-        "suffix" => value == &json!(""),
-        "response_format" => value == &json!({"type": "text"}),
-        "modalities" => value == &json!(["text"]),
-        "service_tier" => value == &json!("auto") || value == &json!("default"),
-        // Tool calls are the model's text, not parsed: with tools the model decides.
-        "tool_choice" => value == &json!("auto") || (!with_tools && value == &json!("none")),
-        _ => false,
-    }
-}
-
-fn wrong(name: &str, want: &str, got: &Value) -> Error {
-    Error::invalid(name, format!("{name} must be {want}: {}", kind_of(got)))
-}
-
-/// What a value is, for messages.
-pub fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
     }
 }
 

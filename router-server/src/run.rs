@@ -71,7 +71,9 @@ fn check_model(directory: &Path) -> Result<(), String> {
 
 async fn serve_urls(args: &ServeArgs, urls: Vec<String>) -> Result<(), String> {
     let (fleet, listeners, signal) = prepare(args).await?;
-    urls.into_iter().for_each(|url| fleet.add(url));
+    for url in urls {
+        fleet.add(url);
+    }
     serve(fleet, args.max_payload_size, listeners, signal).await.map_err(|error| error.to_string())
 }
 

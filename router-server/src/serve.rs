@@ -3,7 +3,6 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::serve::ListenerExt;
@@ -56,7 +55,7 @@ pub async fn serve(
     listeners: Listeners,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let app = Arc::new(App { fleet: Arc::clone(&fleet), most_payload, draining: AtomicBool::new(false) });
+    let app = Arc::new(App::new(Arc::clone(&fleet), most_payload));
     let (stop, stopped) = watch::channel(false);
     // Admin answers to the very end, so that a drain can be watched.
     let (stop_admin, admin_stopped) = watch::channel(false);
@@ -76,7 +75,7 @@ pub async fn serve(
             result = ended.unwrap_or_else(|error| Err(std::io::Error::other(error).into()));
         }
     }
-    app.draining.store(true, Ordering::Relaxed);
+    app.drain();
     let _ = stop.send(true);
     let drained = async { while servers.join_next().await.is_some() {} };
     if tokio::time::timeout(DRAIN, drained).await.is_err() {

@@ -86,16 +86,16 @@ mod tests {
         out
     }
 
-    fn run(matcher: &mut StopMatcher, pieces: &[String]) -> (String, bool) {
+    fn run(stops: &mut StopMatcher, pieces: &[String]) -> (String, bool) {
         let mut out = String::new();
         for piece in pieces {
-            let (text, matched) = matcher.push(piece);
+            let (text, matched) = stops.push(piece);
             out.push_str(&text);
             if matched {
                 return (out, true);
             }
         }
-        out.push_str(&matcher.finish());
+        out.push_str(&stops.finish());
         (out, false)
     }
 

@@ -24,7 +24,7 @@ pub fn next_token(previous: u32, position: usize, vocab: u32) -> u32 {
 /// When a row ends before its limit.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
-    /// Ids that end it, not before `min_tokens` are drawn.
+    /// Ids that end it, from index `min_tokens` on.
     pub ids: Vec<u32>,
     /// Tokens it draws at least.
     pub min_tokens: u32,
@@ -475,7 +475,7 @@ impl SliceWorker {
             report.emitted += Tokens(1);
             let cached = (!row.drew).then_some(Tokens(row.hit.min(row.prompt) as u64));
             row.drew = true;
-            let stops = row.stop.ids.contains(&id) && row.output() >= row.stop.min_tokens.max(1) as usize;
+            let stops = row.stop.ids.contains(&id) && first_index >= row.stop.min_tokens;
             let finish = if stops {
                 Some(FinishReason::Stop)
             } else {

@@ -26,7 +26,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::http::random;
+use crate::ids::random;
 use crate::link::MOST_MESSAGE;
 use crate::proto::worker_server::{Worker, WorkerServer};
 use crate::proto::{
@@ -37,7 +37,7 @@ use engine::Input;
 /// Messages of a session that may wait to be sent. A router that lets so many lie is gone.
 const RING: usize = 4096;
 const CHUNK: usize = 1 << 20;
-/// What GetTokenizer sends, those that exist; the digest covers the same.
+/// The files a router may ask for, those that exist; the digest covers the same.
 const FILES: [&str; 5] = [
     "chat_template.jinja",
     "generation_config.json",
@@ -88,7 +88,7 @@ pub struct MockArgs {
     /// Messages take this long in each direction.
     #[arg(long, default_value_t = 0)]
     pub link_delay_ms: u64,
-    /// Folder whose tokenizer files GetTokenizer sends.
+    /// Folder with the tokenizer files to give to the router.
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
     /// End when stdin is closed.

@@ -1,0 +1,270 @@
+//! The scheduler against a worker played by hand: what the modelled worker never does.
+
+use std::sync::Arc;
+
+use router_core::{
+    Action, BatchEnd, BlockHash, BlockSize, Blocks, Config, Epoch, Event, FinishReason, Keep, Micros, ModelSpec,
+    NewRequest, Plan, PlanNo, PolicyName, Refusal, RequestId, RowId, RowKey, RowReport, RowTokens, Scheduler,
+    SliceReport, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+};
+
+const W: WorkerId = WorkerId(0);
+
+struct Pool {
+    scheduler: Scheduler,
+    seq: u64,
+    actions: Vec<Action>,
+}
+
+fn model() -> ModelSpec {
+    let block_size = BlockSize::new(16).expect("not zero");
+    ModelSpec { digest: "m".into(), tokenizer: "t".into(), block_size, vocab: 100 }
+}
+
+/// A pool with one ready worker of 64 blocks and 8 rows, S = 4.
+fn pool() -> Pool {
+    let config = Config { policy: PolicyName::Product, slice_len: 4, seed: 0, max_rows: 100 };
+    let mut pool = Pool { scheduler: Scheduler::new(model(), config), seq: 0, actions: Vec::new() };
+    let spec = WorkerSpec {
+        name: "w".into(),
+        epoch: Epoch(1),
+        model: model(),
+        blocks: Blocks(64),
+        max_rows: 8,
+        max_context: Tokens(1000),
+    };
+    pool.event(Event::WorkerJoined { worker: W, spec });
+    pool.says(WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] });
+    pool
+}
+
+impl Pool {
+    fn event(&mut self, event: Event) -> Vec<Action> {
+        self.scheduler.handle(Micros(1), event, &mut self.actions);
+        std::mem::take(&mut self.actions)
+    }
+
+    fn says(&mut self, message: WorkerMessage) -> Vec<Action> {
+        self.seq += 1;
+        self.event(Event::Worker { worker: W, epoch: Epoch(1), seq: self.seq, message })
+    }
+
+    fn arrive(&mut self, id: u64) -> Vec<Action> {
+        let prompt: Arc<[u32]> = Arc::from([1; 20]);
+        let (id, root) = (RequestId(id), BlockHash(id));
+        self.event(Event::RequestArrived(NewRequest { id, prompt, root, choices: 1, max_tokens: Tokens(10) }))
+    }
+
+    fn draws(&mut self, key: RowKey, first_index: u32, ids: &[u32]) -> Vec<Action> {
+        let rows = vec![RowTokens { key, first_index, ids: ids.to_vec(), finish: None, cached: None }];
+        self.says(WorkerMessage::Steps { batch: PlanNo(1), rows })
+    }
+
+    fn reports(&mut self, batch: PlanNo, next: Option<PlanNo>, rows: &[RowKey]) -> Vec<Action> {
+        let row = |key: &RowKey| RowReport {
+            key: *key,
+            computed: Tokens(1),
+            cached: Tokens(0),
+            emitted: Tokens(1),
+            finish: None,
+            held: true,
+            prefill_left: Tokens(0),
+        };
+        self.says(WorkerMessage::SliceReported(SliceReport {
+            batch,
+            end: BatchEnd::Steps,
+            next,
+            steps: 4,
+            prefill: Micros(0),
+            decode: Micros(9),
+            peak: Blocks(2),
+            idle: Micros(0),
+            rows: rows.iter().map(row).collect(),
+        }))
+    }
+
+    fn refuses(&mut self, plan: PlanNo, reason: Refusal, rows: Vec<RowKey>) -> Vec<Action> {
+        self.says(WorkerMessage::Refused { plan, reason, rows, detail: "why".into() })
+    }
+}
+
+fn plans(actions: &[Action]) -> Vec<&Plan> {
+    actions.iter().filter_map(|a| if let Action::Plan(_, plan) = a { Some(plan) } else { None }).collect()
+}
+
+fn key(request: u64, attempt: u32) -> RowKey {
+    RowKey { row: RowId { request: RequestId(request), choice: 0 }, attempt }
+}
+
+fn has(actions: &[Action], wanted: impl Fn(&Action) -> bool) -> bool {
+    actions.iter().any(wanted)
+}
+
+fn errors(actions: &[Action]) -> usize {
+    actions.iter().filter(|a| matches!(a, Action::Finish(_, end) if end.reason == FinishReason::Error)).count()
+}
+
+#[test]
+fn an_idle_worker_gets_its_batch_and_the_plan_after_it_at_once() {
+    let mut pool = pool();
+    let actions = pool.arrive(1);
+    let sent = plans(&actions);
+    assert_eq!(
+        sent.iter().map(|plan| (plan.no, plan.base)).collect::<Vec<_>>(),
+        [(PlanNo(1), PlanNo(0)), (PlanNo(2), PlanNo(1))]
+    );
+    assert_eq!((sent[0].add.len(), &sent[0].keep), (1, &Keep::List(vec![])));
+    assert_eq!((sent[1].add.len(), &sent[1].keep), (0, &Keep::Survivors));
+    // 20 + 4 - 1 positions, then 20 + 8 - 1
+    assert_eq!((sent[0].ceiling, sent[1].ceiling), (Blocks(2), Blocks(2)));
+}
+
+#[test]
+fn a_newcomer_replaces_the_standing_plan() {
+    let mut pool = pool();
+    pool.arrive(1);
+    let actions = pool.arrive(2);
+    let sent = plans(&actions);
+    assert_eq!(sent.len(), 1);
+    assert_eq!((sent[0].no, sent[0].base, &sent[0].keep), (PlanNo(3), PlanNo(1), &Keep::Survivors));
+    assert_eq!(sent[0].add[0].key, key(2, 0));
+    // the older plan started before the newer one came: the newcomer is planned again
+    let actions = pool.reports(PlanNo(1), Some(PlanNo(2)), &[key(1, 0)]);
+    assert_eq!(plans(&actions)[0].base, PlanNo(2));
+    assert_eq!(plans(&actions)[0].add[0].key, key(2, 0));
+    assert!(plans(&pool.refuses(PlanNo(3), Refusal::Stale, vec![])).is_empty(), "a stale plan changes nothing");
+}
+
+#[test]
+fn a_cancelled_row_is_dropped_where_it_is_planned() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.arrive(2);
+    let actions = pool.event(Event::Cancelled { request: RequestId(2), choice: None });
+    assert!(has(&actions, |a| matches!(a, Action::Drop(W, rows) if rows == &[key(2, 0)])));
+    assert!(has(
+        &actions,
+        |a| matches!(a, Action::Finish(row, end) if row.request.0 == 2 && end.reason == FinishReason::Cancelled)
+    ));
+    let actions = pool.event(Event::Cancelled { request: RequestId(2), choice: None });
+    assert!(actions.is_empty(), "it ends once");
+}
+
+#[test]
+fn what_arrives_twice_or_late_changes_nothing() {
+    let mut pool = pool();
+    pool.arrive(1);
+    assert!(has(
+        &pool.draws(key(1, 0), 0, &[5, 6]),
+        |a| matches!(a, Action::Tokens { first_index: 0, ids, .. } if ids == &[5, 6])
+    ));
+    let again = pool.draws(key(1, 0), 0, &[5, 6, 7]);
+    assert!(has(&again, |a| matches!(a, Action::Tokens { first_index: 2, ids, .. } if ids == &[7])));
+    assert!(pool.draws(key(1, 7), 3, &[8]).is_empty(), "of another attempt");
+    assert!(pool.draws(key(9, 0), 0, &[8]).is_empty(), "of nobody");
+    let old = WorkerMessage::KvDelta { removed: vec![], stored: vec![BlockHash(1)] };
+    let late = Event::Worker { worker: W, epoch: Epoch(1), seq: 1, message: old.clone() };
+    assert!(pool.event(late).is_empty(), "a sequence number seen before");
+    assert!(pool.event(Event::Worker { worker: W, epoch: Epoch(0), seq: 99, message: old }).is_empty(), "an old epoch");
+    assert_eq!(pool.scheduler.loads()[0].indexed, Blocks(1), "the prompt's own block alone");
+}
+
+#[test]
+fn a_gap_in_the_messages_asks_for_a_snapshot_and_lost_tokens_are_drawn_again() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.draws(key(1, 0), 0, &[5]);
+    pool.seq += 3;
+    assert!(has(&pool.says(WorkerMessage::Heartbeat), |a| matches!(a, Action::Resync(W))));
+    let actions = pool.draws(key(1, 0), 4, &[9]);
+    assert!(has(&actions, |a| matches!(a, Action::Drop(W, rows) if rows == &[key(1, 0)])));
+    let again = plans(&actions);
+    assert_eq!((again[0].add[0].key, &again[0].add[0].output[..]), (key(1, 1), &[5][..]), "from what the client has");
+}
+
+#[test]
+fn a_lying_worker_is_quarantined() {
+    let quarantined = |actions: Vec<Action>| has(&actions, |a| matches!(a, Action::Quarantine(..)));
+    let started = || {
+        let mut pool = pool();
+        pool.arrive(1);
+        pool
+    };
+    assert!(quarantined(started().draws(key(1, 0), 0, &[100])), "no such token");
+    assert!(quarantined(started().draws(key(1, 0), 0, &[5; 11])), "past the limit");
+    assert!(quarantined(started().reports(PlanNo(7), None, &[])), "a batch that does not run");
+    assert!(quarantined(started().reports(PlanNo(1), Some(PlanNo(9)), &[])), "a plan that was not sent");
+}
+
+#[test]
+fn a_refusal_for_memory_halves_the_batch_and_a_row_refused_alone_ends() {
+    let mut pool = pool();
+    pool.arrive(1);
+    for id in 2..=4 {
+        pool.arrive(id);
+    }
+    // 4 rows stand on batch 1
+    let actions = pool.refuses(PlanNo(5), Refusal::NoMemory, vec![]);
+    let retry = plans(&actions);
+    assert_eq!((retry[0].base, retry[0].add.len()), (PlanNo(1), 1), "two of four: one survivor and one newcomer");
+    let mut pool = self::pool();
+    pool.arrive(1);
+    let actions = pool.refuses(PlanNo(1), Refusal::NoMemory, vec![]);
+    assert_eq!(errors(&actions), 1);
+    assert_eq!(pool.scheduler.loads()[0].batch_size, 0);
+}
+
+#[test]
+fn an_unsupported_row_ends_and_the_others_run() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.arrive(2);
+    pool.arrive(3);
+    let actions = pool.refuses(PlanNo(4), Refusal::Unsupported, vec![key(2, 0)]);
+    assert_eq!(errors(&actions), 1);
+    assert_eq!(plans(&actions)[0].add.iter().map(|start| start.key).collect::<Vec<_>>(), [key(3, 0)]);
+    // a refusal that names nobody and nothing new: the worker is at fault
+    let mut pool = self::pool();
+    pool.arrive(1);
+    assert!(has(&pool.refuses(PlanNo(2), Refusal::Unsupported, vec![]), |a| matches!(a, Action::Quarantine(..))));
+}
+
+#[test]
+fn a_row_the_worker_forgot_is_told_again() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.draws(key(1, 0), 0, &[5]);
+    let actions = pool.refuses(PlanNo(2), Refusal::UnknownRow, vec![key(1, 0)]);
+    let again = plans(&actions);
+    assert_eq!((again[0].add[0].key, &again[0].add[0].output[..]), (key(1, 0), &[5][..]));
+}
+
+#[test]
+fn rows_move_when_a_worker_drains_and_only_those_it_does_not_know() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.arrive(2);
+    let spec = WorkerSpec { name: "v".into(), ..pool.scheduler.loads()[0].spec.clone() };
+    pool.event(Event::WorkerJoined { worker: WorkerId(1), spec });
+    let message = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] };
+    pool.event(Event::Worker { worker: WorkerId(1), epoch: Epoch(1), seq: 1, message });
+    let actions = pool.event(Event::WorkerDraining { worker: W });
+    assert!(has(&actions, |a| matches!(a, Action::Placed(row, WorkerId(1)) if row.request.0 == 2)));
+    let loads = pool.scheduler.loads();
+    assert_eq!((loads[0].batch_size, loads[1].batch_size), (1, 1));
+}
+
+#[test]
+fn what_was_committed_is_taken_back_to_the_last_token() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.arrive(2);
+    let load = &pool.scheduler.loads()[0];
+    assert_eq!((load.queued, load.batch_size, load.indexed), (Tokens(40), 2, Blocks(2)));
+    for id in [1, 2] {
+        pool.event(Event::Cancelled { request: RequestId(id), choice: None });
+    }
+    pool.reports(PlanNo(1), None, &[]);
+    let load = &pool.scheduler.loads()[0];
+    assert_eq!((load.queued, load.batch_size, load.work, load.indexed), (Tokens(0), 0, Micros(0), Blocks(0)));
+}

@@ -1,0 +1,221 @@
+//! The two endpoints that generate: `/v1/completions` and `/v1/chat/completions`, whole or as server-sent events.
+//!
+//! Reads a body, starts a [`Generation`] and writes what it gives. What a field means is `request.rs`.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures::StreamExt;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use crate::answer::{Answer, Kind};
+use crate::body::read;
+use crate::error::Error;
+use crate::generation::{End, Generation, Job};
+use crate::http::App;
+use crate::ids::{random, random_id};
+use crate::meter::Meter;
+use crate::pool::Pool;
+use crate::prompt::Prompt;
+use crate::proto;
+use crate::request::{Chat, Completion, Params};
+
+const WORKER: HeaderName = HeaderName::from_static("x-scls-worker");
+/// Default limit of `/v1/completions`, as at OpenAI.
+const COMPLETION_TOKENS: u32 = 16;
+
+/// `POST /v1/completions`.
+pub async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    let mut meter = Meter::new(Arc::clone(&app.fleet.metrics));
+    let started = async {
+        let Completion { model, prompt, params } = Completion::parse(&body_of(&app, &headers, body).await?)?;
+        let pool = app.fleet.pool(&model)?;
+        meter.model.clone_from(&model);
+        let prompt = match prompt {
+            Prompt::Text(text) => pool.encode(text).await?,
+            Prompt::Ids(ids) => ids,
+            Prompt::Other(_) | Prompt::Several => return Err(Error::Internal("an unchecked prompt".into())),
+        };
+        let most = params.max_tokens.unwrap_or(COMPLETION_TOKENS);
+        start(&pool, Kind::Completion, job(model, prompt, &params, most), &params, meter.arrived)
+    };
+    let started = started.await;
+    finish(started, meter).await
+}
+
+/// `POST /v1/chat/completions`.
+pub async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
+    let mut meter = Meter::new(Arc::clone(&app.fleet.metrics));
+    let started = async {
+        let Chat { model, messages, tools, params } = Chat::parse(&body_of(&app, &headers, body).await?)?;
+        let pool = app.fleet.pool(&model)?;
+        meter.model.clone_from(&model);
+        let prompt = pool.encode_chat(messages, tools).await?;
+        let most = params.max_tokens.unwrap_or(0);
+        start(&pool, Kind::Chat, job(model, prompt, &params, most), &params, meter.arrived)
+    };
+    let started = started.await;
+    finish(started, meter).await
+}
+
+/// The request in ids; `most` 0 is the rest of the context.
+fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
+    Job {
+        model,
+        prompt: prompt.into(),
+        sampling: proto::Sampling {
+            temperature: params.temperature,
+            seed: params.seed.unwrap_or_else(random),
+            ..proto::Sampling::default()
+        },
+        limits: proto::Limits {
+            max_tokens: most,
+            min_tokens: params.min_tokens,
+            ignore_eos: params.ignore_eos,
+            stop_token_ids: params.stop_token_ids.clone(),
+        },
+        stop: params.stop.clone(),
+    }
+}
+
+async fn body_of(app: &App, headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
+    if app.is_draining() {
+        return Err(Error::Draining);
+    }
+    read(headers, body, app.most_payload).await
+}
+
+/// A request that runs, and what its answer needs.
+struct Started {
+    answer: Answer,
+    generation: Generation,
+    stream: bool,
+}
+
+fn start(pool: &Pool, kind: Kind, job: Job, params: &Params, arrived: Instant) -> Result<Started, Error> {
+    let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+    let answer = Answer {
+        kind,
+        id: format!("{prefix}-{}", random_id()),
+        model: job.model.clone(),
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        include_usage: params.include_usage,
+        token_ids: params.return_token_ids.then(|| Arc::clone(&job.prompt)),
+    };
+    let generation = pool.submit(job, arrived)?;
+    Ok(Started { answer, generation, stream: params.stream })
+}
+
+async fn finish(started: Result<Started, Error>, mut meter: Meter) -> Response {
+    let result = match started {
+        Err(error) => Err(error),
+        Ok(started) if started.stream => return stream(started.answer, started.generation, meter).await,
+        Ok(started) => whole(started.answer, started.generation).await,
+    };
+    match result {
+        Ok(response) => {
+            meter.ended(StatusCode::OK);
+            response
+        }
+        Err(error) => {
+            meter.ended(error.status());
+            error.into_response()
+        }
+    }
+}
+
+async fn whole(answer: Answer, mut generation: Generation) -> Result<Response, Error> {
+    let (mut text, mut ids) = (String::new(), Vec::new());
+    let end = loop {
+        let piece = generation.next().await?;
+        text.push_str(&piece.text);
+        if answer.token_ids.is_some() {
+            ids.extend(piece.ids);
+        }
+        if let Some(end) = piece.end {
+            break end;
+        }
+    };
+    let mut response = Json(answer.whole(&text, &ids, &end)).into_response();
+    name_worker(&mut response, end.worker.as_deref());
+    Ok(response)
+}
+
+fn name_worker(response: &mut Response, worker: Option<&str>) {
+    if let Some(worker) = worker.and_then(|worker| HeaderValue::from_str(worker).ok()) {
+        response.headers_mut().insert(WORKER, worker);
+    }
+}
+
+async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) -> Response {
+    // The first piece decides the status: until then an error is a plain answer.
+    let first = match generation.next().await {
+        Ok(piece) => piece,
+        Err(error) => {
+            meter.ended(error.status());
+            return error.into_response();
+        }
+    };
+    let worker = generation.worker().cloned();
+    let events = async_stream::stream! {
+        if let Some(opening) = answer.opening() {
+            yield event(&opening);
+        }
+        let mut next = Ok(first);
+        loop {
+            match next {
+                Ok(piece) => {
+                    for part in parts(&answer, &piece.text, &piece.ids, piece.end.as_ref()) {
+                        yield event(&part);
+                    }
+                    if piece.end.is_some() {
+                        meter.ended(StatusCode::OK);
+                        yield Bytes::from_static(b"data: [DONE]\n\n");
+                        break;
+                    }
+                }
+                Err(error) => {
+                    let error: Error = error;
+                    meter.ended(error.status());
+                    yield event(&error.body());
+                    break;
+                }
+            }
+            next = generation.next().await;
+        }
+    };
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    ];
+    let mut response = (headers, Body::from_stream(events.map(Ok::<_, Infallible>))).into_response();
+    name_worker(&mut response, worker.as_deref());
+    response
+}
+
+/// The events of one piece: its text, then its end with the usage. Text and end are apart, as OpenAI sends them.
+fn parts(answer: &Answer, text: &str, ids: &[u32], end: Option<&End>) -> Vec<Value> {
+    let mut parts = Vec::new();
+    let wanted = answer.token_ids.is_some() && !ids.is_empty();
+    if !text.is_empty() || wanted {
+        parts.push(answer.event(text, ids, None));
+    }
+    if let Some(end) = end {
+        parts.push(answer.event("", &[], Some(end)));
+        parts.extend(answer.closing(end));
+    }
+    parts
+}
+
+fn event(value: &Value) -> Bytes {
+    format!("data: {value}\n\n").into()
+}

@@ -1,0 +1,37 @@
+//! Counts one request from its arrival to its end.
+
+use std::sync::Arc;
+
+use axum::http::StatusCode;
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+
+/// Counts a request when it ends; one that is dropped before that was left by its client.
+pub struct Meter {
+    /// Known names only: it becomes a label.
+    pub model: String,
+    /// When it came.
+    pub arrived: Instant,
+    metrics: Arc<Metrics>,
+    code: u16,
+}
+
+impl Meter {
+    /// Begins to count.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        metrics.began();
+        Self { model: "unknown".into(), arrived: Instant::now(), metrics, code: 499 }
+    }
+
+    /// Sets how it ended.
+    pub fn ended(&mut self, status: StatusCode) {
+        self.code = status.as_u16();
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        self.metrics.ended(&self.model, self.code, self.arrived.elapsed());
+    }
+}
