@@ -48,9 +48,25 @@ class Router:
 
     def __init__(self, args: argparse.Namespace, policy: str) -> None:
         command = [
-            args.router, "up", "--model", args.model, "--workers", str(args.workers), "--python", sys.executable,
-            "--port", "0", "--grpc-port", "0", "--admin-port", "0", "--policy", policy, "--log-level", "warn",
-        ]  # fmt: skip
+            args.router,
+            "up",
+            "--model",
+            args.model,
+            "--workers",
+            str(args.workers),
+            "--python",
+            sys.executable,
+            "--port",
+            "0",
+            "--grpc-port",
+            "0",
+            "--admin-port",
+            "0",
+            "--policy",
+            policy,
+            "--log-level",
+            "warn",
+        ]
         self.child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.child.stdout
         for line in self.child.stdout:
@@ -105,8 +121,15 @@ class Router:
                     text += piece
                     on_text(piece)
         connection.close()
-        return {"text": text, "ids": ids, "prompt": prompt, "last": last, "ttft": (first or began) - began,
-                "seconds": time.monotonic() - began, "sent": began}  # fmt: skip
+        return {
+            "text": text,
+            "ids": ids,
+            "prompt": prompt,
+            "last": last,
+            "ttft": (first or began) - began,
+            "seconds": time.monotonic() - began,
+            "sent": began,
+        }
 
     def __enter__(self) -> Router:
         return self
@@ -139,8 +162,15 @@ def play(router: Router, name: str, conversation: int, messages: list[dict], tur
         if show:
             print(f"\n\033[1m{message['role']}\033[0m  {' '.join((message['content'] or '').split())[:300]}")
             print("\033[1massistant\033[0m  ", end="", flush=True)
-        body = {"model": name, "messages": history, "max_tokens": MOST_ANSWER, "temperature": 0, "stream": True,
-                "stream_options": {"include_usage": True}, "return_token_ids": True}  # fmt: skip
+        body = {
+            "model": name,
+            "messages": history,
+            "max_tokens": MOST_ANSWER,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
         answer = router.chat(body, (lambda piece: print(piece, end="", flush=True)) if show else lambda _: None)
         if show:
             print()
@@ -148,11 +178,20 @@ def play(router: Router, name: str, conversation: int, messages: list[dict], tur
         usage, own = answer["last"]["usage"], answer["last"].get("scls", {})
         out.append(
             Turn(
-                conversation, len(out), answer["sent"], own.get("worker", "?"), usage["prompt_tokens"],
-                (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0), own.get("slices", 0),
-                answer["ttft"], usage["completion_tokens"], answer["seconds"], answer["prompt"], answer["ids"],
+                conversation,
+                len(out),
+                answer["sent"],
+                own.get("worker", "?"),
+                usage["prompt_tokens"],
+                (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+                own.get("slices", 0),
+                answer["ttft"],
+                usage["completion_tokens"],
+                answer["seconds"],
+                answer["prompt"],
+                answer["ids"],
             )
-        )  # fmt: skip
+        )
     return out
 
 
@@ -183,8 +222,10 @@ def table(turns: list[Turn]) -> None:
     print("\nconversation turn  worker   prompt  cached  slices   TTFT ms  tokens  tok/s")
     for t in sorted(turns, key=lambda t: (t.conversation, t.turn)):
         rate = t.tokens / max(t.seconds, 1e-9)
-        print(f"{t.conversation:>12} {t.turn:>4}  {t.worker:<7} {t.prompt_tokens:>7} {t.cached_tokens:>7} {t.slices:>7}"
-              f" {t.ttft * 1e3:>9.0f} {t.tokens:>7} {rate:>6.1f}")  # fmt: skip
+        print(
+            f"{t.conversation:>12} {t.turn:>4}  {t.worker:<7} {t.prompt_tokens:>7} {t.cached_tokens:>7} {t.slices:>7}"
+            f" {t.ttft * 1e3:>9.0f} {t.tokens:>7} {rate:>6.1f}"
+        )
 
 
 def summary(name: str, turns: list[Turn]) -> dict[str, float]:
@@ -192,11 +233,18 @@ def summary(name: str, turns: list[Turn]) -> dict[str, float]:
     cached = sum(t.cached_tokens for t in turns)
     best = ideal(turns)
     ttft = sorted(t.ttft for t in turns)
-    out = {"hit": cached / prompt, "ideal": best / prompt, "of_ideal": cached / max(best, 1),
-           "ttft_ms": 1e3 * sum(ttft) / len(ttft), "p95_ms": 1e3 * ttft[int(0.95 * (len(ttft) - 1))],
-           "tokens": sum(t.tokens for t in turns)}  # fmt: skip
-    print(f"{name:<12} {out['hit']:>9.3f} {out['ideal']:>15.3f} {out['of_ideal']:>9.3f}"
-          f" {out['ttft_ms']:>13.0f} {out['p95_ms']:>12.0f} {out['tokens']:>9.0f}")  # fmt: skip
+    out = {
+        "hit": cached / prompt,
+        "ideal": best / prompt,
+        "of_ideal": cached / max(best, 1),
+        "ttft_ms": 1e3 * sum(ttft) / len(ttft),
+        "p95_ms": 1e3 * ttft[int(0.95 * (len(ttft) - 1))],
+        "tokens": sum(t.tokens for t in turns),
+    }
+    print(
+        f"{name:<12} {out['hit']:>9.3f} {out['ideal']:>15.3f} {out['of_ideal']:>9.3f}"
+        f" {out['ttft_ms']:>13.0f} {out['p95_ms']:>12.0f} {out['tokens']:>9.0f}"
+    )
     return out
 
 
@@ -217,8 +265,10 @@ def main() -> None:
     table(product)
     print("\n==> the same load, policy round_robin")
     robin = run(args, "round_robin", show=False)
-    print(f"\n{'policy':<12} {'hit ratio':>9} {'infinite cache':>15} {'share':>9} {'mean TTFT ms':>13} {'p95 TTFT ms':>12}"
-          f" {'tokens':>9}")  # fmt: skip
+    print(
+        f"\n{'policy':<12} {'hit ratio':>9} {'infinite cache':>15} {'share':>9} {'mean TTFT ms':>13} {'p95 TTFT ms':>12}"
+        f" {'tokens':>9}"
+    )
     result = {"product": summary("product", product), "round_robin": summary("round_robin", robin)}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -30,9 +30,14 @@ class Process:
         self.log: list[str] = []
         self.args = args
         self.child = subprocess.Popen(
-            args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+            args,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )  # fmt: skip
+        )
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         deadline = time.monotonic() + 60
@@ -130,8 +135,15 @@ class Router(Process):
 
     def wait_drained(self, seconds: float = 10) -> None:
         """Until Q, b, W, running and held blocks of every worker are zero."""
-        names = ["queued_tokens", "batch_size", "work_microseconds", "running_rows", "held_rows", "running_blocks",
-                 "held_blocks"]  # fmt: skip
+        names = [
+            "queued_tokens",
+            "batch_size",
+            "work_microseconds",
+            "running_rows",
+            "held_rows",
+            "running_blocks",
+            "held_blocks",
+        ]
         deadline = time.monotonic() + seconds
         while True:
             metrics = self.metrics()
@@ -167,8 +179,9 @@ class Router(Process):
         """Events of a streamed answer; checks that it ends with [DONE]."""
         connection = self.connect()
         try:
-            connection.request("POST", path, json.dumps({**body, "stream": True}).encode(),
-                               {"content-type": "application/json"})  # fmt: skip
+            connection.request(
+                "POST", path, json.dumps({**body, "stream": True}).encode(), {"content-type": "application/json"}
+            )
             answer = connection.getresponse()
             assert answer.status == 200, f"{answer.status}: {answer.read().decode()[:500]}"
             done = False

@@ -30,9 +30,13 @@ def greedy(model: Path, prompt: list[int], max_tokens: int) -> Answer:
     """``max_tokens`` greedy tokens after the prompt, or up to and with an eos."""
     with torch.inference_mode():
         out = load(model).generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=max_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     ids = out.sequences[0, len(prompt) :].tolist()
     best = [step[0].float().topk(2).values for step in out.logits]
     return Answer(ids, [float(b[0] - b[1]) for b in best])

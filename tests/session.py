@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import grpc
+from scls_router import hash_blocks
 from scls_worker.proto import common_pb2 as common
 from scls_worker.proto import worker_pb2 as pb
 from scls_worker.proto import worker_pb2_grpc
-
-from scls_router import hash_blocks
 
 _epochs = itertools.count(1)
 Report = pb.SliceReport
@@ -68,10 +67,12 @@ class Row:
             output_ids=ids_of(self.output),
             sampling=common.Sampling(temperature=self.temperature, seed=self.seed),
             limits=common.Limits(
-                max_tokens=self.max_tokens, min_tokens=self.min_tokens, ignore_eos=self.ignore_eos,
+                max_tokens=self.max_tokens,
+                min_tokens=self.min_tokens,
+                ignore_eos=self.ignore_eos,
                 stop_token_ids=self.stops,
             ),
-        )  # fmt: skip
+        )
 
 
 class Session:
@@ -154,10 +155,8 @@ class Session:
             leave=[row.id for row in leave],
             steps=steps,
             ceiling_blocks=ceiling,
-            hold_ranks=[
-                pb.HoldRank(row=self.rows[key].id, rank=rank) for key, rank in (ranks or {}).items()
-            ],
-        )  # fmt: skip
+            hold_ranks=[pb.HoldRank(row=self.rows[key].id, rank=rank) for key, rank in (ranks or {}).items()],
+        )
         if keep == "survivors":
             plan.keep = pb.Plan.KEEP_SURVIVORS
         elif keep is not None:

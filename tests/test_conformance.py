@@ -54,7 +54,9 @@ def test_info_health_and_reflection(session: Session) -> None:
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     stub = reflection_pb2_grpc.ServerReflectionStub(session.channel)
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
-    names = [s.name for s in next(iter(stub.ServerReflectionInfo(iter([ask]), timeout=5))).list_services_response.service]
+    names = [
+        s.name for s in next(iter(stub.ServerReflectionInfo(iter([ask]), timeout=5))).list_services_response.service
+    ]
     assert "scls.v1.Worker" in names
 
 
@@ -211,13 +213,28 @@ def test_stop_ids_and_min_tokens(session: Session) -> None:
 
 
 def test_what_is_not_served_is_refused_by_name(session: Session) -> None:
-    for field, value in [("top_k", 5), ("top_p", 0.5), ("min_p", 0.1), ("repetition_penalty", 1.5),
-                         ("presence_penalty", 1.0), ("frequency_penalty", 1.0), ("logprobs", 2)]:  # fmt: skip
+    for field, value in [
+        ("top_k", 5),
+        ("top_p", 0.5),
+        ("min_p", 0.1),
+        ("repetition_penalty", 1.5),
+        ("presence_penalty", 1.0),
+        ("frequency_penalty", 1.0),
+        ("logprobs", 2),
+    ]:
         start = row().start(session.info.served_names[0])
         setattr(start.sampling, field, value)
         session.plan_no += 1
-        session.send(plan=pb.Plan(plan_no=session.plan_no, base_batch=session.last_batch, keep=pb.Plan.KEEP_NONE,
-                                  add=[start], steps=4, ceiling_blocks=99))  # fmt: skip
+        session.send(
+            plan=pb.Plan(
+                plan_no=session.plan_no,
+                base_batch=session.last_batch,
+                keep=pb.Plan.KEEP_NONE,
+                add=[start],
+                steps=4,
+                ceiling_blocks=99,
+            )
+        )
         refused = session.until("refused").refused
         assert refused.reason == pb.Refused.REASON_UNSUPPORTED and field in refused.detail
         assert [r.request for r in refused.rows] == [start.row.request]

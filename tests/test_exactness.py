@@ -40,23 +40,20 @@ def pairwise(seed: int = 0) -> list[Case]:
     """Greedy cover: cases until every pair of values of any two factors occurs in one."""
     rng = random.Random(seed)
     values = list(FACTORS.values())
-    indexes = list(itertools.combinations(range(len(values)), 2))
-    missing = {(i, j, a, b) for i, j in indexes for a in values[i] for b in values[j]}
+    pairs = list(itertools.combinations(range(len(values)), 2))
+    missing = {(i, j, a, b) for i, j in pairs for a in values[i] for b in values[j]}
     cases: list[Case] = []
     while missing:
         i, j, a, b = min(missing, key=str)
-
-        def candidate(i=i, j=j, a=a, b=b) -> Case:
+        candidates = []
+        for _ in range(200):
             case = [rng.choice(v) for v in values]
             case[i], case[j] = a, b
-            return tuple(case)
-
-        def gain(case: Case) -> int:
-            return sum((i, j, case[i], case[j]) in missing for i, j in indexes)
-
-        best = max((candidate() for _ in range(200)), key=gain)
-        missing -= {(i, j, best[i], best[j]) for i, j in indexes}
-        cases.append(best)
+            candidates.append(tuple(case))
+        covers = [{(i, j, case[i], case[j]) for i, j in pairs} & missing for case in candidates]
+        best = max(range(len(covers)), key=lambda k, covers=covers: len(covers[k]))
+        missing -= covers[best]
+        cases.append(candidates[best])
     return cases
 
 
@@ -74,9 +71,16 @@ def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fleet
     for name, kv_heads, layers in [("random-gqa", 2, 3), ("random-mha", 4, 2)]:
         torch.manual_seed(layers)
         config = LlamaConfig(
-            vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=kv_heads, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         paths[name] = tmp_path_factory.mktemp(name)
         LlamaForCausalLM(config).save_pretrained(paths[name])
         # random models need some tokenizer to be served
@@ -115,8 +119,11 @@ def generate(fleet: Fleet, case: Case) -> tuple[list[int], list[int]]:
         for session in used:
             other = Row(prompt, 2, next(_numbers), hash_root=root)
             session.run(add=[other], steps=2)
-    beside = [Row(ids(number + i, n, fleet.vocab), 500, next(_numbers), ignore_eos=True)
-              for i, n in enumerate([3, 90, 250])] if batch == "mixed" else []  # fmt: skip
+    beside = (
+        [Row(ids(number + i, n, fleet.vocab), 500, next(_numbers), ignore_eos=True) for i, n in enumerate([3, 90, 250])]
+        if batch == "mixed"
+        else []
+    )
     home = None
     for turn in itertools.count():
         if row.finish:

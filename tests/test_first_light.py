@@ -42,6 +42,9 @@ def test_greedy_equals_transformers(slice_len: int, workers: int) -> None:
     finally:
         for worker in urls:
             worker.stop()
-    wrong = [f"prompt {i}: {d}" for i, (p, a) in enumerate(zip(asked, answers, strict=True))
-             if (d := differs(a, greedy(MODEL, p, 40))) and not d.startswith("tie")]  # fmt: skip
+    wrong = [
+        f"prompt {i}: {d}"
+        for i, (p, a) in enumerate(zip(asked, answers, strict=True))
+        if (d := differs(a, greedy(MODEL, p, 40))) and not d.startswith("tie")
+    ]
     assert not wrong, "\n".join(wrong)

@@ -82,16 +82,26 @@ def test_list_workers(channel: grpc.Channel) -> None:
         (pb.GenerateRequest(model="none", prompt=pb.Prompt(text="a")), grpc.StatusCode.NOT_FOUND),
         (pb.GenerateRequest(model="tiny"), grpc.StatusCode.INVALID_ARGUMENT),
         (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), n=3), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(ids=common.TokenIds(le_u32=b"abc"))),
-         grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"),
-                            sampling=common.Sampling(temperature=float("nan"))), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), sampling=common.Sampling(top_k=3)),
-         grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), limits=common.Limits(max_tokens=10**6)),
-         grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(ids=common.TokenIds(le_u32=b"abc"))),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            pb.GenerateRequest(
+                model="tiny", prompt=pb.Prompt(text="a"), sampling=common.Sampling(temperature=float("nan"))
+            ),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), sampling=common.Sampling(top_k=3)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), limits=common.Limits(max_tokens=10**6)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_requests(channel: grpc.Channel, request_: pb.GenerateRequest, code: grpc.StatusCode) -> None:
     with pytest.raises(grpc.RpcError) as error:
         list(router_pb2_grpc.RouterStub(channel).Generate(request_, timeout=10))
@@ -110,5 +120,7 @@ def test_health_and_reflection(channel: grpc.Channel) -> None:
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
-    names = [s.name for s in next(iter(stub.ServerReflectionInfo(iter([ask]), timeout=5))).list_services_response.service]
+    names = [
+        s.name for s in next(iter(stub.ServerReflectionInfo(iter([ask]), timeout=5))).list_services_response.service
+    ]
     assert "scls.v1.Router" in names

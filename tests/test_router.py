@@ -71,8 +71,14 @@ def test_two_hundred_concurrent_streams_of_mixed_lengths(pair: tuple[Router, lis
         got: list[int] = []
         finishes: list[str] = []
         usage: dict = {}
-        body = {"model": "mock", "prompt": ids, "max_tokens": n, "temperature": 0, "return_token_ids": True,
-                "stream_options": {"include_usage": True}}  # fmt: skip
+        body = {
+            "model": "mock",
+            "prompt": ids,
+            "max_tokens": n,
+            "temperature": 0,
+            "return_token_ids": True,
+            "stream_options": {"include_usage": True},
+        }
         for event in router.stream("/v1/completions", body):
             usage = event.get("usage") or usage
             for choice in event["choices"]:
@@ -160,8 +166,10 @@ def test_a_client_that_goes_away_frees_its_row_at_the_next_step(pair: tuple[Rout
     host, port = router.addresses["http"].split(":")
     body = json.dumps({"model": "mock", "prompt": [5, 6, 7], "max_tokens": 7000, "stream": True}).encode()
     with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                    b"content-length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n" % len(body) + body
+        )
         assert raw.recv(100)
         assert sum(router.worker_metric("worker_batch_size")) == 1
     gone = time.monotonic()
@@ -314,15 +322,29 @@ BAD: list[tuple[str, str, Any, int, str | None]] = [
     ("n", "completions", {"prompt": "a", "n": 3}, 400, "n"),
     ("top_p", "completions", {"prompt": "a", "top_p": 0.5}, 400, "top_p"),
     ("logprobs", "chat", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}, 400, "logprobs"),
-    ("response_format", "chat", {"messages": [{"role": "user", "content": "a"}],
-                                 "response_format": {"type": "json_object"}}, 400, "response_format"),
+    (
+        "response_format",
+        "chat",
+        {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
+        400,
+        "response_format",
+    ),
     ("no messages", "chat", {"messages": []}, 400, "messages"),
     ("no role", "chat", {"messages": [{"content": "a"}]}, 400, "messages"),
-    ("an image", "chat", {"messages": [{"role": "user", "content": [{"type": "image_url",
-                                        "image_url": {"url": "http://169.254.169.254/"}}]}]}, 400, "messages"),
+    (
+        "an image",
+        "chat",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}
+            ]
+        },
+        400,
+        "messages",
+    ),
     ("made-up field", "completions", {"prompt": "a", "best_guess": 1}, 400, "best_guess"),
     ("huge body", "completions", {"prompt": "a" * (9 << 20)}, 413, None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "path", "body", "status", "param"), BAD, ids=[b[0] for b in BAD])
@@ -386,8 +408,22 @@ def test_a_model_folder_that_lacks_something_ends_with_one_line(tmp_path: Path, 
         for file in MODEL.iterdir():
             if file.name != missing:
                 (folder / file.name).write_bytes(file.read_bytes())
-    command = [ROUTER, "up", "--model", str(folder), "--workers", "1", "--python", sys.executable, "--port", "0",
-               "--grpc-port", "0", "--admin-port", "0"]  # fmt: skip
+    command = [
+        ROUTER,
+        "up",
+        "--model",
+        str(folder),
+        "--workers",
+        "1",
+        "--python",
+        sys.executable,
+        "--port",
+        "0",
+        "--grpc-port",
+        "0",
+        "--admin-port",
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
@@ -396,8 +432,23 @@ def test_a_model_folder_that_lacks_something_ends_with_one_line(tmp_path: Path, 
 
 def test_every_line_on_stdout_is_an_address() -> None:
     with mock() as worker:
-        process = Process([ROUTER, "serve", "--port", "0", "--grpc-port", "0", "--admin-port", "0", "--worker-urls",
-                           worker.url, "--log-level", "off"], {"http", "grpc", "admin"})  # fmt: skip
+        process = Process(
+            [
+                ROUTER,
+                "serve",
+                "--port",
+                "0",
+                "--grpc-port",
+                "0",
+                "--admin-port",
+                "0",
+                "--worker-urls",
+                worker.url,
+                "--log-level",
+                "off",
+            ],
+            {"http", "grpc", "admin"},
+        )
         with process:
             pass
         assert sorted(line.split()[1] for line in process.log) == ["admin", "grpc", "http"]

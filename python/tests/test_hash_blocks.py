@@ -3,7 +3,6 @@
 from array import array
 
 import pytest
-
 from scls_router import hash_blocks
 
 
@@ -29,9 +28,14 @@ def test_known_values() -> None:
 
 @pytest.mark.parametrize(
     ("args", "error"),
-    [((0, [1], 0), ValueError), ((0, b"123", 1), ValueError), ((0, [-1], 1), (OverflowError, TypeError)),
-     ((2**64, [1], 1), OverflowError), ((0, [2**32], 1), (OverflowError, TypeError))],
-)  # fmt: skip
+    [
+        ((0, [1], 0), ValueError),
+        ((0, b"123", 1), ValueError),
+        ((0, [-1], 1), (OverflowError, TypeError)),
+        ((2**64, [1], 1), OverflowError),
+        ((0, [2**32], 1), (OverflowError, TypeError)),
+    ],
+)
 def test_bad_input_is_an_error(args: tuple, error: type) -> None:
     with pytest.raises(error):
         hash_blocks(*args)

@@ -21,11 +21,11 @@ use crate::body::read;
 use crate::error::Error;
 use crate::generation::{End, Generation, Job};
 use crate::http::App;
-use crate::ids::{random, random_id};
 use crate::meter::Meter;
 use crate::pool::Pool;
 use crate::prompt::Prompt;
 use crate::proto;
+use crate::random::{random, random_id};
 use crate::request::{Chat, Completion, Params};
 
 const WORKER: HeaderName = HeaderName::from_static("x-scls-worker");

@@ -11,12 +11,12 @@ use crate::convert;
 use crate::error::Error;
 use crate::generation::{End, Generation, Job, Piece};
 use crate::http::App;
-use crate::ids::{random, random_id};
 use crate::meter::Meter;
 use crate::pool::Pool;
 use crate::proto::{
     self, FinishReason, GenerateRequest, GenerateResponse, Limits, Sampling, Usage, prompt, router_server,
 };
+use crate::random::{random, random_id};
 
 /// Serves the contract for one router.
 pub struct Service {

@@ -15,9 +15,9 @@ use crate::completions::{chat, completions};
 use crate::dispatch::Decided;
 use crate::error::Error;
 use crate::fleet::Fleet;
-use crate::ids::random_id;
 use crate::pool::Pool;
 use crate::proto;
+use crate::random::random_id;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 

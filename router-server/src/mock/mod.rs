@@ -26,12 +26,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::ids::random;
 use crate::link::MOST_MESSAGE;
 use crate::proto::worker_server::{Worker, WorkerServer};
 use crate::proto::{
     CostShape, FileChunk, GetInfoRequest, GetTokenizerRequest, RouterMessage, WorkerInfo, WorkerMessage,
 };
+use crate::random::random;
 use engine::Input;
 
 /// Messages of a session that may wait to be sent. A router that lets so many lie is gone.
