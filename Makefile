@@ -21,24 +21,25 @@ up: ## serve MODEL with WORKERS workers until Ctrl-C
 	@$(ROUTER) up --model $(MODEL) --workers $(WORKERS) --python $(PY)
 
 setup:
-	@tools/setup.sh dev
+	@tools/setup.sh test
 
 build: ## the router, and both Python packages into .venv
-	@echo "==> cargo build (first time: some minutes)"
+	@echo "==> cargo build (the first time takes some minutes)"
 	@cargo build --quiet --workspace
 	@echo "==> Python packages scls-router and scls-worker into .venv"
-	@VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --quiet 2>&1 | { grep -v '^$$' || true; }
-	@$(PY) -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e workers
+	@{ VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --quiet && \
+	  $(PY) -m pip install -q --no-deps --no-build-isolation -e workers; } >.venv/build.log 2>&1 || \
+	  { cat .venv/build.log >&2; exit 1; }
 
 test: ## everything CI runs
-	@tools/setup.sh dev
+	@tools/setup.sh test
 	@$(MAKE) --no-print-directory build
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory rust-test
 	@$(MAKE) --no-print-directory py-test
 
 lint:
-	@tools/setup.sh dev
+	@tools/setup.sh test
 	@echo "==> lint: rustfmt, clippy, layering, ruff, mypy, generated stubs"
 	@cargo fmt --all --check
 	@cargo clippy --quiet --workspace --all-targets -- -D warnings
@@ -57,12 +58,12 @@ py-test:
 	@$(PY) -m pytest
 
 soak: ## the long forms of the tests: the full exactness product, many kills
-	@tools/setup.sh dev
+	@tools/setup.sh test
 	@$(MAKE) --no-print-directory build
 	@SCLS_SOAK=1 $(PY) -m pytest -m soak -o timeout=7200
 
 proto: ## Python stubs from proto/ (Rust makes its own in the build)
-	@tools/setup.sh dev
+	@tools/setup.sh test
 	@$(PY) workers/gen_proto.py
 
 bench: ## core look-ups and decisions

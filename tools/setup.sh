@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with what the project needs and says what it does. Usage: tools/setup.sh run|dev
+# Makes .venv with what the project needs and says what it does. Usage: tools/setup.sh run|test
 # Nothing is done twice: a stamp remembers the group and the dependency file it was made from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ cargo_version=$(cargo --version | cut -d' ' -f2)
 stamp=.venv/.scls-$group
 sum=$(cat pyproject.toml tools/setup.sh | cksum)
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ] && exit 0
-[ "$group" = run ] && [ -f .venv/.scls-dev ] && [ "$(cat .venv/.scls-dev)" = "$sum" ] && exit 0
+[ "$group" = run ] && [ -f .venv/.scls-test ] && [ "$(cat .venv/.scls-test)" = "$sum" ] && exit 0
 
 if [ ! -x .venv/bin/python ]; then
   if "$python" -c 'import torch, sys; v = torch.__version__.split("+")[0].split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null; then

@@ -189,7 +189,7 @@ impl Generation {
         for at in 0..ids.len() {
             let new = self.detokenizer.as_mut().map_or_else(String::new, |detokenizer| detokenizer.push(ids[at]));
             self.emitted += 1;
-            if self.emitted < self.min_tokens {
+            if self.emitted <= self.min_tokens {
                 text.push_str(&self.stops.pass(&new));
                 continue;
             }

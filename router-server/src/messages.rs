@@ -39,10 +39,14 @@ pub fn check_message(at: usize, message: &Value) -> Result<(), Error> {
     }
     match &message["tool_calls"] {
         Value::Null => Ok(()),
-        Value::Array(calls) => match calls.iter().find(|call| !call["function"]["name"].is_string()) {
-            Some(call) => fault(".tool_calls", "calls of functions with a name", call),
-            None => Ok(()),
-        },
+        // Some clients send the function's fields without the wrapper; templates know both.
+        Value::Array(calls) => {
+            let named = |call: &&Value| call["function"]["name"].is_string() || call["name"].is_string();
+            match calls.iter().find(|call| !named(call)) {
+                Some(call) => fault(".tool_calls", "calls of functions with a name", call),
+                None => Ok(()),
+            }
+        }
         other => fault(".tool_calls", "a list", other),
     }
 }

@@ -18,9 +18,8 @@ use tokio::io::AsyncReadExt;
 async fn tokens_come_once_each_in_order_over_two_workers() {
     let workers = [Worker::start("--step-us 200").await, Worker::start("--step-us 200").await];
     let router = Router::over(&[&workers[0], &workers[1]], config()).await;
-    let asked: Vec<(Vec<u32>, u32)> = (0..40u32)
-        .map(|i| ((0..1 + i * 7 % 90).map(|k| 3 + (i * 31 + k * 7) % 2500).collect(), 1 + i * 5 % 70))
-        .collect();
+    let asked: Vec<(Vec<u32>, u32)> =
+        (0..40u32).map(|i| ((0..=i * 7 % 90).map(|k| 3 + (i * 31 + k * 7) % 2500).collect(), 1 + i * 5 % 70)).collect();
     let answers = asked.iter().map(|(prompt, n)| router.complete(prompt, *n));
     let answers = futures::future::join_all(answers).await;
     for ((prompt, n), answer) in asked.iter().zip(answers) {

@@ -1,0 +1,229 @@
+//! Workers that lie, stall or vanish: the link ends, nothing panics, and the others go on.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use std::pin::Pin;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Router, Worker, config, drawn};
+use futures::{Stream, StreamExt};
+use router_server::proto::router_message::Body as Heard;
+use router_server::proto::worker_message::Body;
+use router_server::proto::worker_server::{self, WorkerServer};
+use router_server::proto::worker_status::State;
+use router_server::proto::{self, FileChunk, RouterMessage, WorkerInfo, WorkerMessage};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Answers to what the router says.
+type Script = fn(&Heard) -> Vec<Body>;
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[derive(Clone)]
+struct Scripted {
+    info: WorkerInfo,
+    /// Epoch of its messages.
+    epoch: u64,
+    script: Script,
+}
+
+#[tonic::async_trait]
+impl worker_server::Worker for Scripted {
+    async fn get_info(&self, _: Request<proto::GetInfoRequest>) -> Result<Response<WorkerInfo>, Status> {
+        Ok(Response::new(self.info.clone()))
+    }
+
+    type GetTokenizerStream = Answers<FileChunk>;
+
+    async fn get_tokenizer(
+        &self,
+        _: Request<proto::GetTokenizerRequest>,
+    ) -> Result<Response<Self::GetTokenizerStream>, Status> {
+        Ok(Response::new(Box::pin(futures::stream::empty())))
+    }
+
+    type SessionStream = Answers<WorkerMessage>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<RouterMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (own, mut messages) = (self.clone(), request.into_inner());
+        let answers = async_stream::stream! {
+            let mut state_seq = 0;
+            while let Some(Ok(message)) = messages.next().await {
+                for body in message.body.iter().flat_map(own.script) {
+                    state_seq += 1;
+                    yield Ok(WorkerMessage { worker_epoch: own.epoch, state_seq, body: Some(body) });
+                }
+            }
+        };
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
+
+fn info() -> WorkerInfo {
+    WorkerInfo {
+        worker_id: "liar".into(),
+        worker_epoch: 7,
+        model_digest: "m".into(),
+        served_names: vec!["tiny".into()],
+        vocab_size: 100,
+        max_context: 1000,
+        block_size: 16,
+        blocks: 100,
+        max_rows: 8,
+        ..WorkerInfo::default()
+    }
+}
+
+async fn scripted(info: WorkerInfo, epoch: u64, script: Script) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("grpc://{}", listener.local_addr().unwrap());
+    let service = WorkerServer::new(Scripted { info, epoch, script });
+    let server = tonic::transport::Server::builder().add_service(service);
+    tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
+    url
+}
+
+/// Behaves until a plan comes.
+fn civil(heard: &Heard) -> Vec<Body> {
+    match heard {
+        Heard::Hello(_) => vec![Body::Snapshot(proto::Snapshot { last: true, ..Default::default() })],
+        Heard::Ping(ping) => vec![Body::Pong(proto::Pong { nonce: ping.nonce })],
+        _ => Vec::new(),
+    }
+}
+
+fn a_token_that_does_not_exist(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(plan) = heard else { return civil(heard) };
+    let rows = plan.add.iter().map(|start| proto::RowTokens { row: start.row, ids: vec![100], ..Default::default() });
+    vec![Body::Step(proto::Step { batch: plan.plan_no, step: 1, rows: rows.collect() })]
+}
+
+fn more_tokens_than_asked(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(plan) = heard else { return civil(heard) };
+    let rows = plan.add.iter().map(|start| proto::RowTokens { row: start.row, ids: vec![5; 50], ..Default::default() });
+    vec![Body::Step(proto::Step { batch: plan.plan_no, step: 1, rows: rows.collect() })]
+}
+
+fn a_batch_that_does_not_run(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(_) = heard else { return civil(heard) };
+    vec![Body::SliceReport(proto::SliceReport { batch: 99, end: 1, ..Default::default() })]
+}
+
+fn half_a_hash(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(_) = heard else { return civil(heard) };
+    vec![Body::KvDelta(proto::KvDelta { stored_le_u64: vec![0; 9].into(), ..Default::default() })]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lies_cost_the_worker_its_place() {
+    for script in [a_token_that_does_not_exist, more_tokens_than_asked, a_batch_that_does_not_run, half_a_hash] {
+        let url = scripted(info(), 7, script).await;
+        let router = Router::start(&[&url], config()).await;
+        router.until(|all| all[0].state() == State::Ready).await;
+        let began = Instant::now();
+        let answer = router.post("/v1/completions", &json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 8})).await;
+        assert!([502, 503].contains(&answer.status), "{}: {}", answer.status, answer.body);
+        assert!(began.elapsed() < Duration::from_secs(3));
+        router.until(|all| all[0].state() == State::Refused && !all[0].detail.is_empty()).await;
+        assert_eq!(router.get("/ready").await.status, 503);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_announcement_is_refused_and_another_epoch_is_no_session() {
+    let no_blocks = scripted(WorkerInfo { block_size: 0, ..info() }, 7, civil).await;
+    let other_epoch = scripted(info(), 8, civil).await;
+    let router = Router::start(&[&no_blocks, &other_epoch], config()).await;
+    router
+        .until(|all| {
+            all[0].state() == State::Refused
+                && all[0].detail.contains("block_size")
+                && all[1].state() == State::Connecting
+                && all[1].detail.contains("epoch")
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_without_a_tokenizer_serves_ids_only() {
+    let url = scripted(info(), 7, civil).await;
+    let router = Router::start(&[&url], config()).await;
+    router.until(|all| all[0].state() == State::Ready).await;
+    let text = router.post("/v1/completions", &json!({"model": "tiny", "prompt": "hi"})).await;
+    assert_eq!((text.status, text.param()), (400, json!("prompt")));
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let chat = router.post("/v1/chat/completions", &json!({"model": "tiny", "messages": messages})).await;
+    assert_eq!((chat.status, chat.param()), (400, json!("messages")));
+}
+
+/// A mock worker in a process of its own, ended with the value.
+struct Process {
+    child: Child,
+    url: String,
+}
+
+impl Process {
+    fn start() -> Self {
+        use std::io::BufRead;
+        let tokenizer = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/airline-tiny");
+        let vocab = common::VOCAB.to_string();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_scls-router"))
+            .args(["mock-worker", "--served-name", "tiny", "--vocab", &vocab, "--tokenizer", tokenizer])
+            .args(["--worker-id", "process", "--step-us", "1000"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        std::io::BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let url = format!("grpc://{}", line.trim().rsplit(' ').next().unwrap());
+        Self { child, url }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_worker_is_lost_within_two_seconds_and_its_requests_move() {
+    let stopped = Process::start();
+    let other = Worker::start("--step-us 1000").await;
+    let router = Router::start(&[&stopped.url, &other.url], config()).await;
+    router.until(|all| all.iter().all(|worker| worker.state() == State::Ready)).await;
+    let running = futures::future::join_all((0..10u32).map(|i| {
+        let router = &router;
+        async move { (i, router.complete(&[5 + i], 1500).await) }
+    }));
+    let freezing = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(router.workers().await[0].batch_size > 0);
+        stopped.signal(Signal::STOP);
+        let began = Instant::now();
+        router.until(|all| all[0].state() == State::Connecting).await;
+        let took = began.elapsed();
+        assert!(took < Duration::from_millis(2500), "{took:?}");
+    };
+    let (answers, ()) = tokio::join!(running, freezing);
+    for (i, answer) in answers {
+        assert_eq!(answer, drawn(&[5 + i], 1500), "moved token for token");
+    }
+    stopped.signal(Signal::CONT);
+    router.until(|all| all.iter().all(|worker| worker.state() == State::Ready)).await;
+    router.until_drained().await;
+}
