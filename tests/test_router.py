@@ -194,8 +194,8 @@ def test_with_the_memory_full_everything_still_finishes() -> None:
 
 
 def test_a_slow_link_leaves_no_idle_time_between_slices() -> None:
-    """10 ms each way; slices of 32 steps of 1 ms: without a standing plan the worker would idle 40 % of the time."""
-    with mock("--link-delay-ms", "10", "--max-rows", "16") as worker:
+    """10 ms each way, slices of 32 steps of 2 ms: without a standing plan the worker would idle a quarter of the time."""
+    with mock("--link-delay-ms", "10", "--max-rows", "16", "--step-us", "2000") as worker:
         with Router([worker.url], "--slice-len", "32") as router:
             asked = [(prompt(i, 50 + i), 30 + i * 17 % 150) for i in range(96)]
             with ThreadPoolExecutor(96) as pool:

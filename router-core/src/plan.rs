@@ -11,6 +11,9 @@ use crate::ids::RowId;
 use crate::row::Row;
 use crate::units::{Blocks, Tokens};
 
+/// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
+const MOST_TOLD: Tokens = Tokens(2 << 20);
+
 /// Blocks a row can need in a slice of `steps` iterations that it enters with at most `tokens` tokens of the `total`
 /// it may reach. The last token drawn is not computed before the next step, so its KV needs no place yet.
 pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: crate::units::BlockSize) -> Blocks {
@@ -30,6 +33,7 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     });
     let mut members = Vec::new();
     let mut used = Blocks::ZERO;
+    let mut told = Tokens::ZERO;
     let mut full = false;
     let mut leave = Vec::new();
     for row in worker.rows.values().filter_map(|id| rows.get(id)) {
@@ -43,6 +47,9 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
         // slice end early after all, it is held and planned again.
         let ends = running.is_some() && !row.output.is_empty() && tokens == row.total();
         let need = used + ceiling(tokens, steps, row.total(), size);
+        let known = row.home().is_some_and(|home| home.known);
+        let tell = if known { Tokens::ZERO } else { row.tokens() };
+        full |= told > Tokens::ZERO && told + tell > MOST_TOLD;
         // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
         full |= !ends && (members.len() == most || need > worker.spec.blocks);
         if ends || full {
@@ -50,6 +57,7 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
             continue;
         }
         used = need;
+        told += tell;
         members.push(Member { key: row.key(), tokens });
     }
 

@@ -268,3 +268,31 @@ fn what_was_committed_is_taken_back_to_the_last_token() {
     let load = &pool.scheduler.loads()[0];
     assert_eq!((load.queued, load.batch_size, load.work, load.indexed), (Tokens(0), 0, Micros(0), Blocks(0)));
 }
+
+#[test]
+fn a_plan_never_outgrows_a_message() {
+    let config = Config { policy: PolicyName::Product, slice_len: 4, seed: 0, max_rows: 100 };
+    let mut pool = Pool { scheduler: Scheduler::new(model(), config), seq: 0, actions: Vec::new() };
+    let spec = WorkerSpec {
+        name: "w".into(),
+        epoch: Epoch(1),
+        model: model(),
+        blocks: Blocks(1 << 20),
+        max_rows: 64,
+        max_context: Tokens(1 << 22),
+    };
+    pool.event(Event::WorkerJoined { worker: W, spec });
+    pool.says(WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] });
+    pool.arrive(0);
+    let prompt: Arc<[u32]> = vec![1; 900_000].into();
+    let arrive = |id| NewRequest {
+        id: RequestId(id),
+        prompt: prompt.clone(),
+        root: BlockHash(id),
+        choices: 1,
+        max_tokens: Tokens(10),
+    };
+    pool.scheduler.handle_many(Micros(2), (1..=5).map(|id| Event::RequestArrived(arrive(id))), &mut pool.actions);
+    let actions = std::mem::take(&mut pool.actions);
+    assert_eq!(plans(&actions)[0].add.len(), 2, "2 of 5 prompts of 900,000 tokens fit 8 MiB");
+}
