@@ -8,12 +8,13 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo up test lint bench proto clean soak build setup rust-test py-test
+
+.PHONY: demo up test lint bench proto clean soak build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
 	@$(MAKE) --no-print-directory build
-	@$(PY) demo/run.py --router $(ROUTER) --model $(MODEL) --workers $(WORKERS)
+	@$(PY) demo/run.py --router $(ROUTER) --model $(MODEL) --workers $(WORKERS) $(ARGS)
 
 up: ## serve MODEL with WORKERS workers until Ctrl-C
 	@tools/setup.sh run
@@ -65,6 +66,9 @@ soak: ## the long forms of the tests: the full exactness product, many kills
 proto: ## Python stubs from proto/ (Rust makes its own in the build)
 	@tools/setup.sh test
 	@$(PY) workers/gen_proto.py
+
+readme-figures: ## the README's tables from bench/results
+	@$(PY) tools/readme_figures.py
 
 bench: ## core look-ups and decisions
 	@cargo bench --quiet -p router-core

@@ -11,6 +11,7 @@ import argparse
 import gzip
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
@@ -271,7 +272,27 @@ def main() -> None:
     )
     result = {"product": summary("product", product), "round_robin": summary("round_robin", robin)}
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(record(args, result), indent=1) + "\n")
+
+
+def record(args: argparse.Namespace, result: dict[str, dict[str, float]]) -> dict:
+    """The run as a file of bench/results, see ARCHITECTURE.md."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    share = result["product"]["of_ideal"]
+    return {
+        "name": "demo",
+        "command": f"make demo ARGS='--conversations {args.conversations} --turns {args.turns} --json FILE'",
+        "commit": commit.stdout.strip(),
+        "when": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": cpu, "cores": os.cpu_count(), "gpu": None},
+        "seed": None,
+        "rows": [{"policy": policy, **numbers} for policy, numbers in result.items()],
+        "goals": [
+            {"goal": "hit ratio over the infinite cache's", "value": share, "op": ">=", "bound": 0.9,
+             "holds": share >= 0.9}
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -242,3 +242,16 @@ proptest! {
         for decision in sim.decisions() { prop_assert_eq!(decision.recompute(), Some(decision.worker)); }
     }
 }
+
+/// Ten thousand waiting rows cost each slice end no more than a few do.
+#[test]
+fn a_long_queue_is_served_to_its_end() {
+    let mut sim = Simulation::new(model(), config(PolicyName::Product, 16), Micros(500));
+    (0..4).for_each(|_| sim.join(Micros(0), spec(4096, 64), Timing::default()));
+    for i in 0..9_999u64 {
+        sim.arrive(Micros(10_000 + i), request(i, prompt(i as u32 % 7, 30), 8 + i % 40));
+    }
+    let out = sim.run(FOREVER).clone();
+    assert_eq!(out.ended(FinishReason::Length), 9_999);
+    check_drained(&sim, &out);
+}
