@@ -30,11 +30,12 @@ impl Rates {
         let emitted: Tokens = report.rows.iter().map(|row| row.emitted).sum();
         let smooth = |old: u64, time: Micros, tokens: u64| match tokens {
             0 => old,
-            _ => (old * 7 + time.0.saturating_mul(1000) / tokens) / 8,
+            _ => (old.saturating_mul(7).saturating_add(time.0.saturating_mul(1000) / tokens)) / 8,
         };
-        if report.prefill == Micros::ZERO {
+        if report.decode > Micros::ZERO {
             self.decode = smooth(self.decode, report.decode, emitted.0);
-        } else {
+        }
+        if report.prefill > Micros::ZERO {
             self.prefill = smooth(self.prefill, report.prefill, computed.saturating_sub(emitted).0);
         }
     }

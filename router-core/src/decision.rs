@@ -9,7 +9,7 @@ use crate::units::{Micros, Tokens};
 /// Why a row went where it went.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
-    /// Its name.
+    /// Its name. A dry run has the name that the next decision will get.
     pub id: DecisionId,
     /// When.
     pub at: Micros,

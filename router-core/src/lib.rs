@@ -7,7 +7,6 @@ mod block;
 mod cost;
 mod decision;
 mod event;
-mod fleet;
 mod ids;
 mod index;
 mod plan;
@@ -16,6 +15,7 @@ mod pool;
 mod row;
 mod scheduler;
 mod units;
+mod worker;
 
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use decision::Decision;
@@ -23,7 +23,6 @@ pub use event::{
     Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart,
     RowTokens, SliceReport, WorkerMessage,
 };
-pub use fleet::WorkerLoad;
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
 pub use policy::{
@@ -32,3 +31,4 @@ pub use policy::{
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use scheduler::{Config, Scheduler};
 pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};
+pub use worker::WorkerLoad;

@@ -6,10 +6,10 @@
 use hashbrown::{HashMap, HashSet};
 
 use crate::event::{Keep, Plan, RowStart};
-use crate::fleet::{Batch, Member, Worker};
-use crate::ids::RowId;
+use crate::ids::{RowId, RowKey};
 use crate::row::Row;
 use crate::units::{Blocks, Tokens};
+use crate::worker::{Batch, Member, Worker};
 
 /// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
 const MOST_TOLD: Tokens = Tokens(2 << 20);
@@ -31,7 +31,10 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
         let here = |m: &&Member| rows.get(&m.key.row).is_some_and(|row| row.attempt == m.key.attempt);
         batch.members.iter().filter(here).count()
     });
+    let running: HashMap<RowKey, Tokens> =
+        worker.running.iter().flat_map(|batch| &batch.members).map(|member| (member.key, member.tokens)).collect();
     let mut members = Vec::new();
+    let mut message_full = false;
     let mut used = Blocks::ZERO;
     let mut told = Tokens::ZERO;
     let mut full = false;
@@ -40,20 +43,24 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
         if full && unseen == 0 {
             break;
         }
-        let running = row.home().filter(|home| home.known).and_then(|_| worker.runs(row.key()));
-        unseen -= usize::from(running.is_some());
-        let tokens = running.map_or_else(|| row.tokens(), |member| (member.tokens + steps).min(row.total()));
+        let base_tokens = running.get(&row.key()).copied();
+        unseen -= usize::from(base_tokens.is_some());
+        let tokens = base_tokens.map_or_else(|| row.tokens(), |tokens| (tokens + steps).min(row.total()));
         // Drew a token already and reaches its limit in this slice at the latest: no place is kept for it. Should the
         // slice end early after all, it is held and planned again.
-        let ends = running.is_some() && !row.output.is_empty() && tokens == row.total();
+        let ends = base_tokens.is_some() && !row.output.is_empty() && tokens == row.total();
         let need = used + ceiling(tokens, steps, row.total(), size);
         let known = row.home().is_some_and(|home| home.known);
         let tell = if known { Tokens::ZERO } else { row.tokens() };
-        full |= told > Tokens::ZERO && told + tell > MOST_TOLD;
+        // Rows the worker knows cost a message nothing, so only further newcomers wait for the next plan.
+        message_full |= told > Tokens::ZERO && told + tell > MOST_TOLD;
+        if message_full && !known {
+            continue;
+        }
         // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
         full |= !ends && (members.len() == most || need > worker.spec.blocks);
         if ends || full {
-            leave.extend(running.map(|_| row.key()));
+            leave.extend(base_tokens.map(|_| row.key()));
             continue;
         }
         used = need;
@@ -67,7 +74,9 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
         return None;
     }
     if let Some(standing) = worker.sent.last() {
-        let same = standing.members.iter().map(|m| m.key).eq(members.iter().map(|m| m.key));
+        // rows that ended since need no new plan: they are no survivors
+        let alive = |m: &&Member| rows.get(&m.key.row).is_some_and(|row| row.attempt == m.key.attempt);
+        let same = standing.members.iter().filter(alive).map(|m| m.key).eq(members.iter().map(|m| m.key));
         if same && standing.base == base {
             return None;
         }
@@ -77,7 +86,7 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     let known = |member: &&Member| row(member).home().is_some_and(|home| home.known);
     let add: Vec<RowStart> = members.iter().filter(|m| !known(m)).map(|m| start(row(m))).collect();
     let kept: Vec<_> = members.iter().filter(known).map(|m| m.key).collect();
-    let survivors = worker.running.is_some() && kept.iter().all(|key| worker.runs(*key).is_some());
+    let survivors = worker.running.is_some() && kept.iter().all(|key| running.contains_key(key));
     let keep = if survivors { Keep::Survivors } else { Keep::List(kept) };
     let chosen: HashSet<_> = members.iter().map(|m| m.key).collect();
     debug_assert!(leave.iter().all(|key| !chosen.contains(key)));

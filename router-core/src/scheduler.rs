@@ -11,7 +11,6 @@ use crate::event::{
     Action, Event, FinishReason, NewRequest, Refusal, Rejection, RowEnd, RowReport, RowTokens, SliceReport,
     WorkerMessage,
 };
-use crate::fleet::{Worker, WorkerLoad};
 use crate::ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
 use crate::plan;
@@ -19,11 +18,14 @@ use crate::policy::{Candidate, Policy, PolicyName, View, choose};
 use crate::pool::{ModelSpec, WorkerSpec};
 use crate::row::{Home, Place, Row};
 use crate::units::{Blocks, Bytes, Micros, Tokens};
+use crate::worker::{Worker, WorkerLoad};
 
 /// How long a row that lost its worker waits for another before it ends with an error.
 const MOVE_WAIT: Micros = Micros(1_000_000);
-/// A row that loses this many workers is taken for the cause.
+/// A row that fails this often while it runs is taken for the cause.
 const MAX_LOSSES: u32 = 2;
+/// A worker that is given work this often and does none of it, or refuses it, is not asked again.
+const MOST_FRUITLESS: u32 = 64;
 /// Decisions kept for listings.
 const DECISIONS: usize = 1024;
 
@@ -40,6 +42,12 @@ pub struct Config {
     pub max_rows: usize,
 }
 
+/// Rows of a request: as it came, and not ended.
+struct Choices {
+    made: u32,
+    live: u32,
+}
+
 /// The state machine of one model pool. One thread owns it; [`Scheduler::handle`] is all there is.
 pub struct Scheduler {
     model: ModelSpec,
@@ -48,7 +56,7 @@ pub struct Scheduler {
     index: BlockTrie,
     workers: std::collections::BTreeMap<WorkerId, Worker>,
     rows: HashMap<RowId, Row>,
-    choices: HashMap<RequestId, u32>,
+    requests: HashMap<RequestId, Choices>,
     /// Rows without a home.
     pool: Vec<RowId>,
     /// A worker came or went, or a row came back: it is worth trying to place the pool.
@@ -70,7 +78,7 @@ impl Scheduler {
             index: BlockTrie::default(),
             workers: std::collections::BTreeMap::new(),
             rows: HashMap::new(),
-            choices: HashMap::new(),
+            requests: HashMap::new(),
             pool: Vec::new(),
             place_pool: false,
             arrivals: 0,
@@ -103,7 +111,7 @@ impl Scheduler {
                     self.lost(worker, actions);
                 }
             }
-            Event::WorkerDraining { worker } => self.drain(worker),
+            Event::WorkerDraining { worker } => self.drain(worker, actions),
             Event::Worker { worker, epoch, seq, message } => {
                 self.message(worker, epoch, seq, message, actions);
             }
@@ -122,7 +130,7 @@ impl Scheduler {
         }
         let chain: std::sync::Arc<[BlockHash]> =
             hash_blocks(request.root, &request.prompt, self.model.block_size).into();
-        self.choices.insert(request.id, request.choices);
+        self.requests.insert(request.id, Choices { made: request.choices, live: request.choices });
         for choice in 0..request.choices {
             let id = RowId { request: request.id, choice };
             self.arrivals += 1;
@@ -168,18 +176,16 @@ impl Scheduler {
         let mut rows: Vec<RowId> = match choice {
             Some(choice) => vec![RowId { request, choice }],
             // a request's rows are few and named by number, so none needs to be searched for
-            None => (0..self.choices_ever(request)).map(|choice| RowId { request, choice }).collect(),
+            None => {
+                let made = self.requests.get(&request).map_or(0, |choices| choices.made);
+                (0..made).map(|choice| RowId { request, choice }).collect()
+            }
         };
         rows.retain(|id| self.rows.contains_key(id));
         for id in rows {
             self.drop_at_worker(id, actions);
             self.finish(id, FinishReason::Cancelled, None, actions);
         }
-    }
-
-    /// Choices a live request was made with.
-    fn choices_ever(&self, request: RequestId) -> u32 {
-        self.choices.get(&request).copied().unwrap_or(0)
     }
 
     /// Tells the row's worker to end it, where a plan has told the worker of it.
@@ -196,9 +202,11 @@ impl Scheduler {
     fn finish(&mut self, id: RowId, reason: FinishReason, error: Option<String>, actions: &mut Vec<Action>) {
         self.leave_home(id);
         let Some(row) = self.rows.remove(&id) else { return };
-        self.pool.retain(|other| *other != id);
-        if !self.rows_of(id.request) {
-            self.choices.remove(&id.request);
+        if let Some(choices) = self.requests.get_mut(&id.request) {
+            choices.live -= 1;
+            if choices.live == 0 {
+                self.requests.remove(&id.request);
+            }
         }
         let end = RowEnd {
             reason,
@@ -210,10 +218,6 @@ impl Scheduler {
             worker: row.last_worker,
         };
         actions.push(Action::Finish(id, end));
-    }
-
-    fn rows_of(&self, request: RequestId) -> bool {
-        (0..self.choices_ever(request)).any(|choice| self.rows.contains_key(&RowId { request, choice }))
     }
 
     // ---------------------------------------------------------------- placement and ledger
@@ -331,6 +335,17 @@ impl Scheduler {
         }
     }
 
+    /// The row leaves a worker that failed it. One that ran and failed too often is taken for the cause.
+    fn lose(&mut self, id: RowId, ran: bool, why: &str, actions: &mut Vec<Action>) {
+        self.send_back(id);
+        let Some(row) = self.rows.get_mut(&id) else { return };
+        row.losses += u32::from(ran);
+        if row.losses >= MAX_LOSSES {
+            let why = format!("{why}, for the {MAX_LOSSES}nd time");
+            self.finish(id, FinishReason::Error, Some(why), actions);
+        }
+    }
+
     /// The row leaves its worker and wants another.
     fn send_back(&mut self, id: RowId) {
         self.leave_home(id);
@@ -358,25 +373,24 @@ impl Scheduler {
             .map(|row| (*row, self.rows.get(row).is_some_and(|r| worker.runs(r.key()).is_some())))
             .collect();
         for (row_id, ran) in rows {
-            self.send_back(row_id);
-            let Some(row) = self.rows.get_mut(&row_id) else { continue };
-            row.losses += u32::from(ran);
-            if row.losses >= MAX_LOSSES {
-                let why = format!("{MAX_LOSSES} workers were lost while they ran it");
-                self.finish(row_id, FinishReason::Error, Some(why), actions);
-            }
+            self.lose(row_id, ran, "its worker was lost", actions);
         }
         self.workers.remove(&id);
         self.index.remove_worker(id);
     }
 
-    fn drain(&mut self, id: WorkerId) {
+    /// Rows the worker does not know go elsewhere, where there is an elsewhere; the others finish here.
+    fn drain(&mut self, id: WorkerId, actions: &mut Vec<Action>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.draining = true;
-        let rows: Vec<RowId> = worker.rows.values().copied().collect();
-        for row in rows {
-            if self.rows.get(&row).and_then(Row::home).is_some_and(|home| !home.known) {
-                self.send_back(row);
+        let most = self.workers.values().filter(|w| w.ready()).map(|w| w.spec.most_tokens()).max();
+        let rows: Vec<RowId> = self.workers[&id].rows.values().copied().collect();
+        for row_id in rows {
+            let Some(row) = self.rows.get(&row_id) else { continue };
+            if row.home().is_some_and(|home| !home.known) && most.is_some_and(|most| row.total() <= most) {
+                // a plan in flight may name it: were it not dropped, it would run there too
+                self.drop_at_worker(row_id, actions);
+                self.send_back(row_id);
             }
         }
     }
@@ -390,7 +404,7 @@ impl Scheduler {
             // something was lost: what blocks it has is unknown, what tokens it drew shows in the next index
             actions.push(Action::Resync(id));
         }
-        worker.next_seq = seq + 1;
+        worker.next_seq = seq.saturating_add(1);
         match message {
             WorkerMessage::Snapshot { chunk, last, hashes } => {
                 if chunk == 0 {
@@ -402,6 +416,7 @@ impl Scheduler {
                 if last && !std::mem::replace(&mut worker.synced, true) {
                     self.place_pool = true;
                 }
+                self.check_stored(id, actions);
             }
             WorkerMessage::KvDelta { removed, stored } => {
                 for hash in removed {
@@ -410,6 +425,7 @@ impl Scheduler {
                 for hash in stored {
                     self.index.store(id, hash);
                 }
+                self.check_stored(id, actions);
             }
             WorkerMessage::Steps { batch: _, rows } => {
                 for row in rows {
@@ -424,6 +440,16 @@ impl Scheduler {
         }
     }
 
+    /// No worker has more blocks than it announced: that bounds the index.
+    fn check_stored(&self, id: WorkerId, actions: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get(&id) else { return };
+        let stored = self.index.stored(id);
+        if stored > worker.spec.blocks {
+            let why = format!("it says it has {stored} and announced {}", worker.spec.blocks);
+            actions.push(Action::Quarantine(id, why));
+        }
+    }
+
     /// Tokens of a row: each index goes to the client once, in order, whatever arrives.
     fn drew(&mut self, at: WorkerId, drawn: &RowTokens, actions: &mut Vec<Action>) {
         let id = drawn.key.row;
@@ -435,27 +461,31 @@ impl Scheduler {
         let Some(skip) = have.checked_sub(drawn.first_index as usize) else {
             // tokens were lost on the way: nothing follows them, so the row is run again from what the client has
             actions.push(Action::Drop(at, vec![drawn.key]));
-            self.send_back(id);
-            return;
+            return self.lose(id, true, "its tokens were lost", actions);
         };
         let ids: Vec<u32> = drawn.ids.iter().skip(skip).copied().collect();
-        if have + ids.len() > row.max_tokens.0 as usize || ids.iter().any(|id| *id >= self.model.vocab) {
+        let (ids_len, row_limit) = (ids.len(), row.max_tokens.0 as usize);
+        if have + ids_len > row_limit || ids.iter().any(|id| *id >= self.model.vocab) {
             let why = format!("it sent a token past the limit or outside the vocabulary for {}", drawn.key);
             actions.push(Action::Quarantine(at, why));
             return;
         }
-        row.cached = row.cached.or(drawn.cached);
+        let prompt = Tokens(row.prompt.len() as u64);
+        row.cached = row.cached.or(drawn.cached.map(|cached| cached.min(prompt)));
         if !ids.is_empty() {
             row.output.extend_from_slice(&ids);
             if let Some(home) = row.home_mut() {
                 let prefill = std::mem::replace(&mut home.prefill, Tokens::ZERO);
                 if let Some(worker) = self.workers.get_mut(&at) {
+                    worker.fruitless = 0;
                     worker.queued = worker.queued.saturating_sub(prefill);
                 }
             }
             actions.push(Action::Tokens { row: id, first_index: have as u32, ids });
         }
-        if let Some(reason) = drawn.finish {
+        // at its limit it has ended, whether the worker says so or not
+        let at_limit = have + ids_len == row_limit;
+        if let Some(reason) = drawn.finish.or(at_limit.then_some(FinishReason::Length)) {
             let error = (reason == FinishReason::Error).then(|| "the worker failed to run it".to_owned());
             self.finish(id, reason, error, actions);
         }
@@ -470,6 +500,15 @@ impl Scheduler {
             return;
         }
         worker.rates.observe(report);
+        let idled = report.rows.iter().all(|row| row.computed == Tokens::ZERO);
+        let waiting = running.iter().flat_map(|batch| &batch.members).any(|member| {
+            self.rows.get(&member.key.row).is_some_and(|row| row.attempt == member.key.attempt && row.is_at(id))
+        });
+        worker.fruitless = if idled && waiting { worker.fruitless + 1 } else { 0 };
+        if worker.fruitless > MOST_FRUITLESS {
+            actions.push(Action::Quarantine(id, format!("{MOST_FRUITLESS} batches ran without computing anything")));
+            return;
+        }
         worker.last_ended = report.batch;
         worker.cap = None;
         worker.dirty = true;
@@ -477,15 +516,20 @@ impl Scheduler {
             self.index.take_back(id, &chain);
         }
         for row in &report.rows {
-            self.row_reported(id, row);
+            self.row_reported(id, row, actions);
         }
         // The plan that starts now. Where the worker had none but one is on its way, that one starts on arrival;
         // of several the first does, and the worker answers STALE to the others.
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let sent = std::mem::take(&mut worker.sent);
         let starts = match report.next {
-            Some(no) => sent.into_iter().find(|batch| batch.no == no),
-            None => sent.into_iter().find(|batch| batch.base == report.batch),
+            Some(no) => {
+                let sent = std::mem::take(&mut worker.sent);
+                sent.into_iter().find(|batch| batch.no == no)
+            }
+            None => {
+                worker.sent.retain(|batch| batch.base == report.batch);
+                (!worker.sent.is_empty()).then(|| worker.sent.remove(0))
+            }
         };
         if let (None, Some(no)) = (&starts, report.next) {
             actions.push(Action::Quarantine(id, format!("it starts plan {no}, which was not sent")));
@@ -497,12 +541,21 @@ impl Scheduler {
     }
 
     /// The finished slice's commit is taken back, the next one's made.
-    fn row_reported(&mut self, at: WorkerId, report: &RowReport) {
+    fn row_reported(&mut self, at: WorkerId, report: &RowReport, actions: &mut Vec<Action>) {
         let Some(row) = self.rows.get_mut(&report.key.row) else { return };
         if row.attempt != report.key.attempt || !row.is_at(at) {
             return;
         }
-        let drew = !row.output.is_empty();
+        match report.finish {
+            None => {}
+            Some(FinishReason::Error) => {
+                let why = "the worker failed to run it".to_owned();
+                return self.finish(report.key.row, FinishReason::Error, Some(why), actions);
+            }
+            // the step that said so was lost, and perhaps tokens with it: they are drawn again
+            Some(_) => return self.lose(report.key.row, true, "its last tokens were lost", actions),
+        }
+        let prefilled = report.held && report.prefill_left == Tokens::ZERO;
         let prefill = if report.held { report.prefill_left } else { row.tokens() };
         let steps = row.slice(self.config.slice_len);
         let chain = row.chain.clone();
@@ -512,13 +565,13 @@ impl Scheduler {
         worker.work = worker.work.saturating_sub(home.work) + work;
         home.prefill = prefill;
         home.work = work;
-        if drew && std::mem::replace(&mut home.committed, false) {
+        if prefilled && std::mem::replace(&mut home.committed, false) {
             self.index.take_back(at, &chain);
         }
     }
 
     /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped.
-    fn started(&mut self, id: WorkerId, mut batch: crate::fleet::Batch, actions: &mut Vec<Action>) {
+    fn started(&mut self, id: WorkerId, mut batch: crate::worker::Batch, actions: &mut Vec<Action>) {
         let mut gone = Vec::new();
         batch.members.retain_mut(|member| {
             match self.rows.get_mut(&member.key.row) {
@@ -555,25 +608,45 @@ impl Scheduler {
         actions: &mut Vec<Action>,
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let batch = if worker.running.as_ref().is_some_and(|batch| batch.no == plan) {
+        let ran = worker.running.as_ref().is_some_and(|batch| batch.no == plan);
+        let batch = if ran {
             for chain in std::mem::take(&mut worker.unconfirmed) {
                 self.index.take_back(id, &chain);
             }
-            // what stood on it has no base any more
-            worker.sent.clear();
+            worker.sent.retain(|batch| batch.base != plan);
             worker.running.take()
         } else {
-            worker.sent.iter().position(|batch| batch.no == plan).map(|at| worker.sent.remove(at))
+            let at = worker.sent.iter().position(|batch| batch.no == plan);
+            at.and_then(|at| match reason {
+                // refused as it came: what stood before still stands
+                Refusal::Stale | Refusal::Unsupported => Some(worker.sent.remove(at)),
+                // refused at its start: it had replaced all before it
+                _ => worker.sent.drain(..=at).next_back(),
+            })
         };
         let Some(batch) = batch else { return };
         worker.dirty = true;
+        worker.fruitless += 1;
+        if worker.fruitless > MOST_FRUITLESS {
+            let why = format!("it refused {MOST_FRUITLESS} plans in a row, the last because: {detail}");
+            actions.push(Action::Quarantine(id, why));
+            return;
+        }
+        let base = worker.running.as_ref().map_or(worker.last_ended, |running| running.no);
+        if reason == Refusal::Stale && (ran || batch.base == base) {
+            // its report would have come first: the two views have parted
+            actions
+                .push(Action::Quarantine(id, format!("plan {plan} is stale to it, though {} is its base", batch.base)));
+            return;
+        }
         let kept: Vec<RowKey> = batch.members.iter().map(|member| member.key).collect();
         let unknown: &[RowKey] = match (reason, rows) {
             (Refusal::UnknownRow, []) => &kept,
             (Refusal::UnknownRow, named) => named,
             _ => &[],
         };
-        for key in batch.added.iter().chain(unknown) {
+        let untold = if ran { &batch.added[..] } else { &[] };
+        for key in untold.iter().chain(unknown) {
             if let Some(row) = self.rows.get_mut(&key.row).filter(|row| row.attempt == key.attempt)
                 && let Some(home) = row.home_mut().filter(|home| home.worker == id)
             {
@@ -607,6 +680,14 @@ impl Scheduler {
                     self.finish(member.key.row, FinishReason::Error, Some(why), actions);
                 }
             }
+        }
+        // of several plans on their way to an idle worker the next one starts instead
+        if let Some(worker) = self.workers.get_mut(&id)
+            && worker.running.is_none()
+            && let Some(at) = worker.sent.iter().position(|batch| batch.base == worker.last_ended)
+        {
+            let next = worker.sent.remove(at);
+            self.started(id, next, actions);
         }
     }
 

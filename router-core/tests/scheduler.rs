@@ -296,3 +296,176 @@ fn a_plan_never_outgrows_a_message() {
     let actions = std::mem::take(&mut pool.actions);
     assert_eq!(plans(&actions)[0].add.len(), 2, "2 of 5 prompts of 900,000 tokens fit 8 MiB");
 }
+
+#[test]
+fn choices_are_rows_of_their_own() {
+    let mut pool = pool();
+    let prompt: Arc<[u32]> = Arc::from([1; 20]);
+    let request = NewRequest { id: RequestId(1), prompt, root: BlockHash(1), choices: 3, max_tokens: Tokens(10) };
+    let actions = pool.event(Event::RequestArrived(request));
+    assert_eq!(plans(&actions)[0].add.len(), 3, "three arrive together: one batch");
+    let finished = |actions: &[Action]| -> Vec<u32> {
+        actions.iter().filter_map(|a| if let Action::Finish(row, _) = a { Some(row.choice) } else { None }).collect()
+    };
+    let actions = pool.event(Event::Cancelled { request: RequestId(1), choice: Some(1) });
+    assert_eq!(finished(&actions), [1]);
+    let actions = pool.event(Event::Cancelled { request: RequestId(1), choice: None });
+    assert_eq!(finished(&actions), [0, 2]);
+    assert_eq!(pool.scheduler.rows(), 0);
+}
+
+#[test]
+fn a_row_that_ends_every_worker_it_meets_ends_itself() {
+    let mut pool = pool();
+    pool.arrive(1);
+    let spec = pool.scheduler.loads()[0].spec.clone();
+    for epoch in 1..=2 {
+        let lost = pool.event(Event::WorkerLost { worker: W, epoch: Epoch(epoch) });
+        assert_eq!(errors(&lost), usize::from(epoch == 2), "lost {epoch}");
+        pool.event(Event::WorkerJoined { worker: W, spec: WorkerSpec { epoch: Epoch(epoch + 1), ..spec.clone() } });
+        let message = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] };
+        pool.event(Event::Worker { worker: W, epoch: Epoch(epoch + 1), seq: 1, message });
+    }
+}
+
+#[test]
+fn a_plan_that_was_replaced_and_whose_successor_is_refused_does_not_stand_again() {
+    let mut pool = pool();
+    pool.arrive(1); // plan 1 runs, plan 2 stands
+    pool.arrive(2); // plan 3 replaces it
+    let actions = pool.refuses(PlanNo(3), Refusal::NoMemory, vec![]);
+    // at the end of batch 1 nothing stands: what is sent now starts on arrival
+    let again = plans(&actions)[0].no;
+    let actions = pool.reports(PlanNo(1), None, &[key(1, 0)]);
+    assert_eq!(plans(&actions).iter().map(|plan| plan.base).collect::<Vec<_>>(), [again]);
+}
+
+#[test]
+fn of_two_plans_on_their_way_to_an_idle_worker_the_second_starts_where_the_first_is_refused() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.draws(key(1, 0), 0, &[5; 10]); // at its limit: only the plan without rows stands
+    pool.reports(PlanNo(1), Some(PlanNo(2)), &[]);
+    pool.arrive(2); // plan 3 on 2
+    pool.arrive(3); // plan 4 on 2
+    pool.reports(PlanNo(2), None, &[]); // plan 3 starts when it comes
+    let actions = pool.refuses(PlanNo(3), Refusal::NoMemory, vec![]); // it did not: plan 4 does
+    assert!(plans(&actions).iter().all(|plan| plan.base == PlanNo(4)), "{actions:?}");
+    let actions = pool.reports(PlanNo(4), None, &[key(2, 0), key(3, 0)]);
+    assert!(!has(&actions, |a| matches!(a, Action::Quarantine(..))), "{actions:?}");
+}
+
+#[test]
+fn a_stale_answer_to_a_plan_that_cannot_be_stale_parts_with_the_worker() {
+    let mut pool = pool();
+    pool.arrive(1);
+    assert!(has(&pool.refuses(PlanNo(2), Refusal::Stale, vec![]), |a| matches!(a, Action::Quarantine(..))));
+}
+
+#[test]
+fn hostile_numbers_and_counts() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.says(WorkerMessage::SliceReported(SliceReport {
+        batch: PlanNo(1),
+        end: BatchEnd::Steps,
+        next: None,
+        steps: u32::MAX,
+        prefill: Micros(u64::MAX),
+        decode: Micros(u64::MAX),
+        peak: Blocks(u64::MAX),
+        idle: Micros(u64::MAX),
+        rows: vec![RowReport {
+            key: key(1, 0),
+            computed: Tokens(u64::MAX),
+            cached: Tokens(u64::MAX),
+            emitted: Tokens(1),
+            finish: None,
+            held: true,
+            prefill_left: Tokens(u64::MAX),
+        }],
+    }));
+    pool.arrive(2);
+    pool.seq = u64::MAX - 1;
+    pool.says(WorkerMessage::Heartbeat);
+    let mut pool = self::pool();
+    let stored = (0..65).map(BlockHash).collect();
+    let actions = pool.says(WorkerMessage::KvDelta { removed: vec![], stored });
+    assert!(has(&actions, |a| matches!(a, Action::Quarantine(..))), "65 blocks of 64");
+}
+
+#[test]
+fn a_row_at_its_limit_has_ended_even_if_nobody_says_so() {
+    let mut pool = pool();
+    pool.arrive(1);
+    let actions = pool.draws(key(1, 0), 0, &[5; 10]);
+    assert!(has(&actions, |a| matches!(a, Action::Finish(_, end) if end.reason == FinishReason::Length)));
+}
+
+#[test]
+fn a_row_reported_finished_whose_last_step_was_lost_is_drawn_again() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.draws(key(1, 0), 0, &[5, 6]);
+    let row = RowReport {
+        key: key(1, 0),
+        computed: Tokens(3),
+        cached: Tokens(0),
+        emitted: Tokens(3),
+        finish: Some(FinishReason::Stop),
+        held: false,
+        prefill_left: Tokens(0),
+    };
+    let report = SliceReport {
+        batch: PlanNo(1),
+        end: BatchEnd::AllDone,
+        next: None,
+        steps: 3,
+        prefill: Micros(0),
+        decode: Micros(9),
+        peak: Blocks(2),
+        idle: Micros(0),
+        rows: vec![row],
+    };
+    let actions = pool.says(WorkerMessage::SliceReported(report));
+    let again = plans(&actions).into_iter().flat_map(|plan| &plan.add).next().expect("it is told again");
+    assert_eq!((again.key, &again.output[..]), (key(1, 1), &[5, 6][..]));
+}
+
+#[test]
+fn a_worker_that_does_nothing_of_what_it_is_given_is_not_asked_for_ever() {
+    let mut pool = pool();
+    let mut last = plans(&pool.arrive(1)).last().expect("a plan").no;
+    let mut rounds = 0;
+    loop {
+        rounds += 1;
+        assert!(rounds < 100, "a loop without end");
+        let actions = pool.refuses(last, Refusal::UnknownRow, vec![]);
+        if has(&actions, |a| matches!(a, Action::Quarantine(..))) {
+            break;
+        }
+        last = plans(&actions).last().expect("another plan").no;
+    }
+    let mut pool = self::pool();
+    pool.arrive(1);
+    let (mut batch, mut rounds) = (PlanNo(1), 0);
+    loop {
+        rounds += 1;
+        assert!(rounds < 100, "a loop without end");
+        let actions = pool.reports(batch, Some(PlanNo(batch.0 + 1)), &[]);
+        if has(&actions, |a| matches!(a, Action::Quarantine(..))) {
+            break;
+        }
+        batch = PlanNo(batch.0 + 1);
+    }
+}
+
+#[test]
+fn draining_the_only_worker_lets_its_rows_finish() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.arrive(2);
+    let actions = pool.event(Event::WorkerDraining { worker: W });
+    assert_eq!(errors(&actions), 0);
+    assert_eq!(pool.scheduler.loads()[0].batch_size, 2);
+}

@@ -72,9 +72,10 @@ struct CancelGuard {
 
 impl CancelGuard {
     fn cancel(&mut self) {
-        if std::mem::take(&mut self.armed) {
-            // If this does not fit, the dispatcher finds the closed channel at the next token.
-            let _ = self.commands.try_send(Command::Cancel(self.request));
+        // Where it does not fit it stays armed: a stopped request tries again at its next token, and of one that is
+        // gone the dispatcher finds the closed channel.
+        if self.armed && self.commands.try_send(Command::Cancel(self.request)).is_ok() {
+            self.armed = false;
         }
     }
 }
@@ -222,7 +223,7 @@ impl Generation {
             match tokio::time::timeout_at(self.arrived + self.timeout, self.updates.recv()).await {
                 Err(_) => return Err(Error::Timeout(self.timeout)),
                 Ok(Some(Update::Finished { end, worker, .. })) => return self.end(end, worker),
-                Ok(Some(Update::Placed(_) | Update::Tokens { .. })) => {}
+                Ok(Some(Update::Placed(_) | Update::Tokens { .. })) => self.guard.cancel(),
                 Ok(Some(Update::Rejected(_) | Update::Overflow) | None) => {
                     return Err(Error::Internal("no end came for a stopped request".into()));
                 }

@@ -18,7 +18,7 @@ enum Happening {
     FromWorker(WorkerId, u64, WorkerMessage),
     Wake(WorkerId, u64),
     Kill(WorkerId),
-    Join(WorkerSpec, Timing),
+    Join(WorkerSpec, WorkerSpec, Timing),
 }
 
 struct Connected {
@@ -109,7 +109,12 @@ impl Simulation {
 
     /// A worker joins at a time.
     pub fn join(&mut self, at: Micros, spec: WorkerSpec, timing: Timing) {
-        self.push(at, Happening::Join(spec, timing));
+        self.join_as(at, spec.clone(), spec, timing);
+    }
+
+    /// A worker that announces one thing and is another.
+    pub fn join_as(&mut self, at: Micros, announced: WorkerSpec, actual: WorkerSpec, timing: Timing) {
+        self.push(at, Happening::Join(announced, actual, timing));
     }
 
     /// A worker vanishes at a time.
@@ -174,12 +179,12 @@ impl Simulation {
     fn happen(&mut self, happening: Happening) {
         match happening {
             Happening::Router(event) => self.router(event),
-            Happening::Join(spec, timing) => {
+            Happening::Join(spec, actual, timing) => {
                 let id = WorkerId(self.slots);
                 self.slots += 1;
                 self.sessions += 1;
                 let session = self.sessions;
-                let worker = SliceWorker::new(spec.clone(), timing);
+                let worker = SliceWorker::new(actual, timing);
                 self.workers.insert(id, Connected { worker, session, seq: 0, totals: WorkerOutcome::default() });
                 self.router(Event::WorkerJoined { worker: id, spec });
                 self.push(self.now + self.delay, Happening::ToWorker(id, session, Command::Hello));

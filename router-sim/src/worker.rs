@@ -56,6 +56,8 @@ struct Row {
     stop: Stop,
     rank: u64,
     blocks: RowBlocks,
+    /// Names of its whole blocks as far as they were needed.
+    chain: Vec<BlockHash>,
     /// Tokens whose KV is there.
     computed: usize,
     /// Tokens found cached since it last had none computed.
@@ -66,6 +68,17 @@ struct Row {
 impl Row {
     fn output(&self) -> usize {
         self.tokens.len() - self.prompt
+    }
+
+    /// Names of the whole blocks of its first `tokens` tokens.
+    fn chain(&mut self, tokens: usize, size: BlockSize) -> &[BlockHash] {
+        let step = size.get() as usize;
+        let done = self.chain.len();
+        if tokens / step > done {
+            let parent = self.chain.last().copied().unwrap_or(self.root);
+            self.chain.extend(hash_blocks(parent, &self.tokens[done * step..tokens], size));
+        }
+        &self.chain[..tokens / step]
     }
 
     /// Its KV is gone; it is prefilled again when it runs.
@@ -224,14 +237,11 @@ impl SliceWorker {
     // ---------------------------------------------------------------- plans
 
     fn planned(&mut self, now: Micros, plan: Plan, stops: Vec<(RowKey, Stop)>, out: &mut Vec<WorkerMessage>) {
-        if let Some(detail) = self.invalid(&plan) {
-            return refuse(
-                plan.no,
-                Refusal::Unsupported,
-                plan.add.iter().map(|start| start.key).collect(),
-                detail,
-                out,
-            );
+        if plan.steps == 0 {
+            return refuse(plan.no, Refusal::Unsupported, Vec::new(), "steps".into(), out);
+        }
+        if let Some(bad) = plan.add.iter().find(|start| self.invalid(start)) {
+            return refuse(plan.no, Refusal::Unsupported, vec![bad.key], "prompt_ids or max_tokens".into(), out);
         }
         let base_runs = self.running.as_ref().is_some_and(|batch| batch.no == plan.base);
         let newer = self.standing.as_ref().is_none_or(|(standing, _)| standing.no < plan.no);
@@ -245,18 +255,12 @@ impl SliceWorker {
         }
     }
 
-    fn invalid(&self, plan: &Plan) -> Option<String> {
-        if plan.steps == 0 {
-            return Some("steps".into());
-        }
-        let bad = |start: &RowStart| {
-            let total = start.prompt.len() as u64 + start.max_tokens.0;
-            start.prompt.is_empty()
-                || start.max_tokens == Tokens::ZERO
-                || total > self.spec.max_context.0
-                || start.prompt.iter().chain(&start.output).any(|id| *id >= self.spec.model.vocab)
-        };
-        plan.add.iter().any(bad).then(|| "prompt_ids".into())
+    fn invalid(&self, start: &RowStart) -> bool {
+        let total = start.prompt.len() as u64 + start.max_tokens.0;
+        start.prompt.is_empty()
+            || start.max_tokens.0 <= start.output.len() as u64
+            || total > self.spec.max_context.0
+            || start.prompt.iter().chain(&start.output).any(|id| *id >= self.spec.model.vocab)
     }
 
     /// Starts a plan, or refuses it. `true` where a batch runs now.
@@ -312,6 +316,7 @@ impl SliceWorker {
                 stop: stops.remove(&start.key).unwrap_or_default(),
                 rank: start.hold_rank,
                 blocks: RowBlocks::default(),
+                chain: Vec::new(),
                 computed: 0,
                 hit: 0,
                 drew: false,
@@ -419,9 +424,9 @@ impl SliceWorker {
         if row.drew || row.computed % step != 0 || row.computed >= most || row.blocks.0.len() * step != row.computed {
             return;
         }
-        let chain = hash_blocks(row.root, &row.tokens[..most], size);
-        for hash in &chain[row.computed / step..] {
-            if !self.kv.share(&mut row.blocks, *hash) {
+        let from = row.computed / step;
+        for hash in row.chain(most, size)[from..].to_vec() {
+            if !self.kv.share(&mut row.blocks, hash) {
                 break;
             }
             row.computed += step;
@@ -460,9 +465,9 @@ impl SliceWorker {
             row.computed += tokens;
             report.computed += Tokens(tokens as u64);
             if row.computed / step > full_before {
-                let chain = hash_blocks(row.root, &row.tokens[..row.computed], size);
-                for (at, hash) in chain.iter().enumerate().skip(full_before) {
-                    self.kv.name(&mut row.blocks, at, *hash);
+                let named = row.chain(row.computed, size)[full_before..].to_vec();
+                for (at, hash) in (full_before..).zip(named) {
+                    self.kv.name(&mut row.blocks, at, hash);
                 }
             }
             if row.computed < row.tokens.len() {

@@ -255,3 +255,32 @@ fn a_long_queue_is_served_to_its_end() {
     assert_eq!(out.ended(FinishReason::Length), 9_999);
     check_drained(&sim, &out);
 }
+
+/// A drain while plans are in flight, and cancels around it: no row runs twice, none is left on a worker.
+#[test]
+fn a_drain_leaves_no_ghosts() {
+    for (drain, cancel) in (0..40).flat_map(|d| (0..4).map(move |c| (100_000 + d * 2_000, d * 2_000 + c * 9_000))) {
+        let mut sim = Simulation::new(model(), config(PolicyName::Product, 8), Micros(5_000));
+        (0..2).for_each(|_| sim.join(Micros(0), spec(64, 8), Timing::default()));
+        for i in 0..12u64 {
+            sim.arrive(Micros(50_000 + i * 9_000), request(i, prompt(i as u32, 40), 30));
+        }
+        sim.drain(Micros(drain), WorkerId(0));
+        (0..12).step_by(3).for_each(|i| sim.cancel(Micros(100_000 + cancel + i * 3_000), RequestId(i)));
+        let out = sim.run(FOREVER).clone();
+        assert_eq!(out.ended(FinishReason::Error), 0, "drain {drain} cancel {cancel}");
+        check_drained(&sim, &out);
+    }
+}
+
+/// A worker with half the blocks it announces: batches are halved until they fit, and everything ends.
+#[test]
+fn a_worker_that_announces_too_much_still_finishes_its_rows() {
+    let mut sim = Simulation::new(model(), config(PolicyName::Product, 16), Micros(2_000));
+    sim.join_as(Micros(0), spec(128, 32), spec(64, 32), Timing::default());
+    (0..40).for_each(|i| sim.arrive(Micros(20_000 + i * 3_000), request(i, prompt(i as u32, 100), 40)));
+    let out = sim.run(FOREVER).clone();
+    assert_eq!((out.ended(FinishReason::Length), out.quarantined.len()), (40, 0), "{:?}", out.quarantined);
+    assert!(!out.refused.is_empty());
+    assert!(out.refused.len() < 1_000, "no loop: {}", out.refused.len());
+}

@@ -33,6 +33,8 @@ pub trait PrefixIndex {
     fn matched(&self, chain: &[BlockHash], depths: &mut Vec<usize>);
     /// Blocks stored or committed on the worker.
     fn blocks(&self, worker: WorkerId) -> Blocks;
+    /// Blocks stored on the worker.
+    fn stored(&self, worker: WorkerId) -> Blocks;
     /// An estimate of the index's own memory.
     fn bytes(&self) -> Bytes;
 }
@@ -112,6 +114,7 @@ mod tests {
             }
             for w in (0..70).chain([200]) {
                 prop_assert_eq!(naive.blocks(WorkerId(w)), trie.blocks(WorkerId(w)));
+                prop_assert_eq!(naive.stored(WorkerId(w)), trie.stored(WorkerId(w)));
             }
             for (worker, blocks) in commits { trie.take_back(worker, &blocks); }
             for w in (0..70).chain([200]) { trie.clear_stored(WorkerId(w)); }

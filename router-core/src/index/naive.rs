@@ -76,6 +76,11 @@ impl PrefixIndex for NaiveIndex {
         Blocks(self.workers.get(&worker).map_or(0, |blocks| blocks.len() as u64))
     }
 
+    fn stored(&self, worker: WorkerId) -> Blocks {
+        let stored = |blocks: &HashMap<BlockHash, Held>| blocks.values().filter(|held| held.stored).count() as u64;
+        Blocks(self.workers.get(&worker).map_or(0, stored))
+    }
+
     fn bytes(&self) -> Bytes {
         let entry = size_of::<(BlockHash, Held)>() + 1;
         Bytes(self.workers.values().map(|blocks| (blocks.capacity() * entry) as u64).sum())

@@ -66,7 +66,13 @@ impl Node {
 pub struct BlockTrie {
     nodes: HashMap<BlockHash, Node>,
     /// Blocks by worker, so that removing one costs what it holds.
-    by_worker: Vec<HashSet<BlockHash>>,
+    by_worker: Vec<Holding>,
+}
+
+#[derive(Default)]
+struct Holding {
+    blocks: HashSet<BlockHash>,
+    stored: u64,
 }
 
 impl BlockTrie {
@@ -77,17 +83,21 @@ impl BlockTrie {
 
     fn change(&mut self, worker: WorkerId, block: BlockHash, change: impl FnOnce(&mut Node)) {
         let node = self.nodes.entry(block).or_default();
+        let before = node.stored.contains(worker);
         change(node);
         node.refresh(worker);
+        let after = node.stored.contains(worker);
         let (held, gone) = (node.held.contains(worker), node.held.is_empty());
         let slot = worker.0 as usize;
         if self.by_worker.len() <= slot {
-            self.by_worker.resize_with(slot + 1, HashSet::new);
+            self.by_worker.resize_with(slot + 1, Holding::default);
         }
+        let holding = &mut self.by_worker[slot];
+        holding.stored = holding.stored + u64::from(after) - u64::from(before);
         if held {
-            self.by_worker[slot].insert(block);
+            holding.blocks.insert(block);
         } else {
-            self.by_worker[slot].remove(&block);
+            holding.blocks.remove(&block);
         }
         if gone {
             self.nodes.remove(&block);
@@ -95,7 +105,7 @@ impl BlockTrie {
     }
 
     fn blocks_of(&self, worker: WorkerId) -> Vec<BlockHash> {
-        self.by_worker.get(worker.0 as usize).map_or_else(Vec::new, |blocks| blocks.iter().copied().collect())
+        self.by_worker.get(worker.0 as usize).map_or_else(Vec::new, |holding| holding.blocks.iter().copied().collect())
     }
 }
 
@@ -177,12 +187,17 @@ impl PrefixIndex for BlockTrie {
     }
 
     fn blocks(&self, worker: WorkerId) -> Blocks {
-        Blocks(self.by_worker.get(worker.0 as usize).map_or(0, |blocks| blocks.len() as u64))
+        Blocks(self.by_worker.get(worker.0 as usize).map_or(0, |holding| holding.blocks.len() as u64))
+    }
+
+    fn stored(&self, worker: WorkerId) -> Blocks {
+        Blocks(self.by_worker.get(worker.0 as usize).map_or(0, |holding| holding.stored))
     }
 
     fn bytes(&self) -> Bytes {
         let nodes = self.nodes.capacity() * (size_of::<(BlockHash, Node)>() + 1);
-        let sets: usize = self.by_worker.iter().map(|blocks| blocks.capacity() * (size_of::<BlockHash>() + 1)).sum();
+        let sets: usize =
+            self.by_worker.iter().map(|holding| holding.blocks.capacity() * (size_of::<BlockHash>() + 1)).sum();
         Bytes((nodes + sets) as u64)
     }
 }

@@ -27,7 +27,7 @@ pub struct Candidate {
     pub batch_size: u64,
     /// `W`: committed work.
     pub work: Micros,
-    /// Blocks that neither running nor held rows have.
+    /// Blocks that the running batch cannot need.
     pub free: Blocks,
 }
 

@@ -32,6 +32,8 @@ pub(crate) struct Worker {
     pub(crate) cap: Option<usize>,
     /// Commits of rows that ended inside the running batch; its report has the deltas that replace them.
     pub(crate) unconfirmed: Vec<Arc<[BlockHash]>>,
+    /// Rounds in a row (refusals, reports) in which no row got on.
+    pub(crate) fruitless: u32,
     /// Something changed that may change the next plan.
     pub(crate) dirty: bool,
 }
@@ -70,6 +72,7 @@ impl Worker {
             rates: Rates::default(),
             cap: None,
             unconfirmed: Vec::new(),
+            fruitless: 0,
             dirty: false,
         }
     }
