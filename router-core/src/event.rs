@@ -126,7 +126,7 @@ pub struct RowTokens {
     pub cached: Option<Tokens>,
 }
 
-/// The end of a batch.
+/// The end of a batch. The core decides by `next`, the rows and the times; `end`, `steps`, `peak` and `idle` are for metrics.
 #[derive(Clone, Debug)]
 pub struct SliceReport {
     /// The batch.

@@ -3,7 +3,7 @@
 //! A plan is made while its base still runs, so a row of the base counts with the most tokens it can have at the
 //! base's end. Whatever then happens (eos, cut, backpressure) the batch needs no more than its ceiling.
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
 
 use crate::event::{Keep, Plan, RowStart};
 use crate::ids::{RowId, RowKey};
@@ -46,9 +46,10 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
         let base_tokens = running.get(&row.key()).copied();
         unseen -= usize::from(base_tokens.is_some());
         let tokens = base_tokens.map_or_else(|| row.tokens(), |tokens| (tokens + steps).min(row.total()));
-        // Drew a token already and reaches its limit in this slice at the latest: no place is kept for it. Should the
-        // slice end early after all, it is held and planned again.
-        let ends = base_tokens.is_some() && !row.output.is_empty() && tokens == row.total();
+        // Past its prefill and at its limit by the end of this slice: no place is kept for it. Should the slice end
+        // early after all, it is held and planned again.
+        let prefilled = row.home().is_some_and(|home| home.prefill == Tokens::ZERO);
+        let ends = base_tokens.is_some() && prefilled && tokens == row.total();
         let need = used + ceiling(tokens, steps, row.total(), size);
         let known = row.home().is_some_and(|home| home.known);
         let tell = if known { Tokens::ZERO } else { row.tokens() };
@@ -88,8 +89,6 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     let kept: Vec<_> = members.iter().filter(known).map(|m| m.key).collect();
     let survivors = worker.running.is_some() && kept.iter().all(|key| running.contains_key(key));
     let keep = if survivors { Keep::Survivors } else { Keep::List(kept) };
-    let chosen: HashSet<_> = members.iter().map(|m| m.key).collect();
-    debug_assert!(leave.iter().all(|key| !chosen.contains(key)));
     let ranks = leave.iter().map(|key| (*key, rows[&key.row].hold_rank())).collect();
     let no = worker.next_plan();
     let added = add.iter().map(|start| start.key).collect();
