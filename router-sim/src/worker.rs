@@ -425,7 +425,8 @@ impl SliceWorker {
             return;
         }
         let from = row.computed / step;
-        for hash in row.chain(most, size)[from..].to_vec() {
+        let next: Vec<BlockHash> = row.chain(most, size)[from..].to_vec();
+        for hash in next {
             if !self.kv.share(&mut row.blocks, hash) {
                 break;
             }

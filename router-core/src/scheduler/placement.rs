@@ -1,0 +1,152 @@
+//! Which worker a row goes to, and the ledger: what a choice commits is taken back exactly.
+
+use super::Scheduler;
+use crate::block::{BlockHash, new_tokens};
+use crate::decision::Decision;
+use crate::event::{Action, FinishReason};
+use crate::ids::{DecisionId, RowId, WorkerId};
+use crate::index::PrefixIndex;
+use crate::policy::{Candidate, View, choose};
+use crate::row::{Home, Place, Row};
+use crate::units::{Blocks, Micros, Tokens};
+
+/// How long a row that lost its worker waits for another before it ends with an error.
+const MOVE_WAIT: Micros = Micros(1_000_000);
+/// A row that fails this often while it runs is taken for the cause.
+const MAX_LOSSES: u32 = 2;
+
+impl Scheduler {
+    /// Gives every row of the pool a worker: most work first, each choice committed before the next is made.
+    pub(super) fn place(&mut self, now: Micros, actions: &mut Vec<Action>) {
+        if !std::mem::take(&mut self.place_pool) || self.pool.is_empty() {
+            return;
+        }
+        let mut waiting = std::mem::take(&mut self.pool);
+        waiting.retain(|id| self.rows.contains_key(id));
+        waiting.sort_by_key(|id| {
+            let row = &self.rows[id];
+            (std::cmp::Reverse(row.tokens()), row.order)
+        });
+        for id in waiting {
+            if !self.place_row(now, id, actions) {
+                self.keep_in_pool(now, id, actions);
+            }
+        }
+    }
+
+    pub(super) fn place_row(&mut self, now: Micros, id: RowId, actions: &mut Vec<Action>) -> bool {
+        let row = &self.rows[&id];
+        let (tokens, total, chain) = (row.tokens(), row.total(), row.chain.clone());
+        let Some(decision) = self.decide(now, Some(id), tokens, total, &chain) else { return false };
+        let Some(chosen) = decision.chosen().copied() else { return false };
+        self.turn += 1;
+        self.decisions.push(decision);
+        self.settle(id, chosen.worker, chosen.new_tokens);
+        actions.push(Action::Placed(id, chosen.worker));
+        true
+    }
+
+    /// No worker takes the row now: admitted, but its worker was lost since. It waits a little for another.
+    pub(super) fn keep_in_pool(&mut self, now: Micros, id: RowId, actions: &mut Vec<Action>) {
+        let Some(Row { place: Place::Pool { until }, .. }) = self.rows.get_mut(&id) else { return };
+        let deadline = *until.get_or_insert(now + MOVE_WAIT);
+        if deadline <= now {
+            self.finish(id, FinishReason::Error, Some("its worker was lost and no other is ready".into()), actions);
+        } else {
+            self.pool.push(id);
+            actions.push(Action::WakeAt(deadline));
+        }
+    }
+
+    pub(super) fn decide(
+        &mut self,
+        now: Micros,
+        row: Option<RowId>,
+        tokens: Tokens,
+        total: Tokens,
+        chain: &[BlockHash],
+    ) -> Option<Decision> {
+        self.index.matched(chain, &mut self.depths);
+        let size = self.model.block_size;
+        let candidates: Vec<Candidate> = self
+            .workers
+            .iter()
+            .filter(|(_, w)| w.ready() && total <= w.spec.most_tokens())
+            .map(|(&worker, w)| Candidate {
+                worker,
+                new_tokens: new_tokens(tokens, self.depths.get(worker.0 as usize).copied().unwrap_or(0), size),
+                queued: w.queued,
+                batch_size: w.rows.len() as u64,
+                work: w.work,
+                free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |b| b.ceiling)),
+            })
+            .collect();
+        let view = View { candidates: &candidates, turn: self.turn };
+        let at = choose(&*self.policy, view, &mut self.scores)?;
+        Some(Decision {
+            id: DecisionId(self.turn),
+            at: now,
+            row,
+            tokens,
+            policy: self.policy.name(),
+            seed: self.config.seed,
+            turn: self.turn,
+            worker: candidates[at].worker,
+            scores: self.scores.clone(),
+            candidates,
+        })
+    }
+
+    /// Commits a choice: Q, b, W and the prompt's blocks move now, not when the worker says so.
+    pub(super) fn settle(&mut self, id: RowId, at: WorkerId, prefill: Tokens) {
+        let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
+        let work = worker.rates.work(prefill, row.slice(self.config.slice_len));
+        row.place = Place::At(Home { worker: at, known: false, prefill, work, committed: true });
+        row.last_worker = Some(at);
+        worker.queued += prefill;
+        worker.work += work;
+        worker.rows.insert(row.order, id);
+        worker.dirty = true;
+        self.index.commit(at, &row.chain);
+    }
+
+    /// Takes back exactly what was committed for the row, and the row from its worker.
+    pub(super) fn leave_home(&mut self, id: RowId) {
+        let Some(row) = self.rows.get_mut(&id) else { return };
+        let Place::At(home) = std::mem::replace(&mut row.place, Place::Pool { until: None }) else { return };
+        let Some(worker) = self.workers.get_mut(&home.worker) else { return };
+        worker.rows.remove(&row.order);
+        worker.queued = worker.queued.saturating_sub(home.prefill);
+        worker.work = worker.work.saturating_sub(home.work);
+        worker.dirty = true;
+        if home.committed {
+            if worker.runs(row.key()).is_some() {
+                // the worker has computed these blocks, or is about to: its deltas come before its report
+                worker.unconfirmed.push(row.chain.clone());
+            } else {
+                self.index.take_back(home.worker, &row.chain);
+            }
+        }
+    }
+
+    /// The row leaves a worker that failed it. One that ran and failed too often is taken for the cause.
+    pub(super) fn lose(&mut self, id: RowId, ran: bool, why: &str, actions: &mut Vec<Action>) {
+        self.send_back(id);
+        let Some(row) = self.rows.get_mut(&id) else { return };
+        row.losses += u32::from(ran);
+        if row.losses >= MAX_LOSSES {
+            let why = format!("{why}, for the {MAX_LOSSES}nd time");
+            self.finish(id, FinishReason::Error, Some(why), actions);
+        }
+    }
+
+    /// The row leaves its worker and wants another.
+    pub(super) fn send_back(&mut self, id: RowId) {
+        self.leave_home(id);
+        if let Some(row) = self.rows.get_mut(&id) {
+            row.attempt += 1;
+            self.pool.push(id);
+            self.place_pool = true;
+        }
+    }
+}
