@@ -26,7 +26,7 @@ setup:
 
 build: ## the router, and both Python packages into .venv
 	@echo "==> cargo build (the first time takes some minutes)"
-	@cargo build --quiet --workspace
+	@cargo build --quiet -p router-server
 	@echo "==> Python packages scls-router and scls-worker into .venv"
 	@{ VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --quiet && \
 	  $(PY) -m pip install -q --no-deps --no-build-isolation -e workers; } >.venv/build.log 2>&1 || \

@@ -14,6 +14,10 @@ const BODY_TIME: Duration = Duration::from_secs(60);
 
 /// The whole body, or what is wrong with it.
 pub async fn read(headers: &HeaderMap, body: Body, most: usize) -> Result<Bytes, Error> {
+    let encodings = headers.get_all(header::CONTENT_ENCODING).iter();
+    if let Some(other) = encodings.into_iter().find(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(Error::ContentEncoding(other.to_str().unwrap_or("not ASCII").chars().take(64).collect()));
+    }
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let mut left: usize = most;
     let mut too_large = declared.is_some_and(|length: usize| length > most);

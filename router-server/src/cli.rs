@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::Uri;
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use router_core::{Config, PolicyName};
+use tracing_subscriber::EnvFilter;
 
 use crate::mock::MockArgs;
 use crate::pool::PoolConfig;
@@ -25,8 +28,8 @@ pub enum Command {
     #[command(args_override_self = true)]
     Serve {
         /// Workers: `grpc://host:port` or `http://host:port`, separated by spaces or commas.
-        #[arg(long, env = "SCLS_ROUTER_WORKER_URLS", num_args = 1.., value_delimiter = ',', required = true, value_parser = worker_url)]
-        worker_urls: Vec<String>,
+        #[arg(long, env = "SCLS_ROUTER_WORKER_URLS", num_args = 1.., required = true, value_parser = worker_urls)]
+        worker_urls: Vec<Urls>,
         /// All else.
         #[command(flatten)]
         serve: ServeArgs,
@@ -48,7 +51,7 @@ pub enum Command {
         #[command(flatten)]
         mock: MockArgs,
         /// error, warn, info, debug or trace.
-        #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info")]
+        #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
         log_level: String,
     },
     /// Print the version.
@@ -97,22 +100,22 @@ pub struct ServeArgs {
     #[arg(long, env = "SCLS_ROUTER_SEED", default_value_t = 0)]
     seed: u64,
     /// Most requests at once; more are answered 429.
-    #[arg(long, env = "SCLS_ROUTER_MAX_CONCURRENT_REQUESTS", default_value_t = 4096)]
+    #[arg(long, env = "SCLS_ROUTER_MAX_CONCURRENT_REQUESTS", default_value_t = 4096, value_parser = at_least_one)]
     max_concurrent_requests: usize,
     /// Longest a request may take.
     #[arg(long, env = "SCLS_ROUTER_REQUEST_TIMEOUT_SECS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     request_timeout_secs: u64,
     /// Largest HTTP body in bytes.
-    #[arg(long, env = "SCLS_ROUTER_MAX_PAYLOAD_SIZE", default_value_t = 8 << 20)]
+    #[arg(long, env = "SCLS_ROUTER_MAX_PAYLOAD_SIZE", default_value_t = 8 << 20, value_parser = at_least_one)]
     pub max_payload_size: usize,
     /// Folded into the names of all KV blocks; routers with different keys share no cache.
     #[arg(long, env = "SCLS_ROUTER_FLEET_KEY", default_value = "", hide_env_values = true)]
     fleet_key: String,
     /// error, warn, info, debug or trace, or a filter like `router_server=debug`.
-    #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info")]
+    #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
     pub log_level: String,
     /// Logs as JSON lines.
-    #[arg(long, env = "SCLS_ROUTER_LOG_JSON")]
+    #[arg(long, env = "SCLS_ROUTER_LOG_JSON", value_parser = BoolishValueParser::new())]
     pub log_json: bool,
 }
 
@@ -140,16 +143,59 @@ impl Policy {
     }
 }
 
+/// Addresses of workers as one argument gives them.
+#[derive(Clone, Debug)]
+pub struct Urls(pub Vec<String>);
+
+fn worker_urls(text: &str) -> Result<Urls, String> {
+    let urls = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|url| !url.is_empty());
+    match urls.map(worker_url).collect::<Result<Vec<_>, _>>()? {
+        urls if urls.is_empty() => Err("no worker is named".into()),
+        urls => Ok(Urls(urls)),
+    }
+}
+
 fn worker_url(text: &str) -> Result<String, String> {
     let rest = text.strip_prefix("grpc://").or_else(|| text.strip_prefix("http://"));
-    let rest = rest.ok_or("a worker is grpc://host:port or http://host:port")?;
-    let port =
-        rest.trim_end_matches('/').rsplit_once(':').map(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    if port == Some(true) {
-        Ok(text.trim_end_matches('/').to_owned())
-    } else {
-        Err("the port is missing: grpc://host:port".into())
+    let rest = rest.ok_or_else(|| format!("a worker is grpc://host:port or http://host:port: {text}"))?;
+    let wrong = |what: &str| format!("{what}: {text}\na worker is grpc://host:port");
+    let uri: Uri = format!("http://{rest}").parse().map_err(|error| wrong(&format!("no address, {error}")))?;
+    let host = uri.host().unwrap_or_default();
+    if host.is_empty() || host == "[]" || uri.authority().is_some_and(|all| all.as_str().contains('@')) {
+        return Err(wrong("not a host and a port"));
     }
+    if uri.path() != "/" || uri.query().is_some() || text.contains('#') {
+        return Err(wrong("an address of a worker has no path"));
+    }
+    match uri.port_u16() {
+        Some(1..) => Ok(text.trim_end_matches('/').to_owned()),
+        _ => Err(wrong("the port is missing")),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("not a number: {error}")),
+    }
+}
+
+/// A level, or directives with a level each. A bare word that is no level would be read as the one part of the program
+/// that is to be logged, and be silent about all others.
+fn log_filter(text: &str) -> Result<String, String> {
+    const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+    let is_level = |word: &str| LEVELS.iter().any(|level| level.eq_ignore_ascii_case(word));
+    let mut words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
+    let wrong = words.find(|word| !word.contains(['=', '[']) && !is_level(word));
+    if wrong.is_some() || text.trim().is_empty() {
+        let what = wrong.unwrap_or("nothing");
+        return Err(format!(
+            "not a level: {what}\nit is error, warn, info, debug or trace, or like router_server=debug"
+        ));
+    }
+    EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
 }
 
 impl ServeArgs {
@@ -186,19 +232,47 @@ mod tests {
         for right in ["grpc://127.0.0.1:5", "http://host:5/", "grpc://[::1]:5"] {
             worker_url(right).expect(right);
         }
-        for wrong in ["127.0.0.1:5", "grpc://host", "https://host:5", "grpc://:5", "grpc://host:70000"] {
+        for wrong in [
+            "127.0.0.1:5",
+            "grpc://host",
+            "https://host:5",
+            "grpc://:5",
+            "grpc://host:70000",
+            "grpc://host:0",
+            "grpc://host:5/path",
+            "grpc://host:5?a",
+            "grpc://me@host:5",
+            "grpc://ho\u{7f}st:5",
+            "grpc://",
+        ] {
             worker_url(wrong).expect_err(wrong);
         }
     }
 
     #[test]
+    fn filters_and_limits_are_checked() {
+        for right in ["info", "WARN", "router_server=debug", "info,hyper=off"] {
+            log_filter(right).expect(right);
+        }
+        for wrong in ["loud", "", "info,loud", "router_server=loud"] {
+            log_filter(wrong).expect_err(wrong);
+        }
+        let parse = |flag: &str| Cli::try_parse_from(["x", "serve", "--worker-urls", "grpc://a:1", flag, "0"]);
+        parse("--max-concurrent-requests").expect_err("zero");
+        parse("--max-payload-size").expect_err("zero");
+        parse("--port").expect("a free one");
+    }
+
+    #[test]
     fn urls_come_by_space_or_comma() {
         let parse = |args: &[&str]| match Cli::try_parse_from(args).expect("valid").command {
-            Command::Serve { worker_urls, .. } => worker_urls.len(),
+            Command::Serve { worker_urls, .. } => worker_urls.iter().map(|urls| urls.0.len()).sum(),
             _ => 0,
         };
         assert_eq!(parse(&["x", "serve", "--worker-urls", "grpc://a:1", "grpc://b:2", "--port", "0"]), 2);
         assert_eq!(parse(&["x", "serve", "--worker-urls", "grpc://a:1,grpc://b:2"]), 2);
+        assert_eq!(parse(&["x", "serve", "--worker-urls", " grpc://a:1  grpc://b:2, grpc://c:3 "]), 3);
         Cli::try_parse_from(["x", "serve"]).expect_err("no workers");
+        Cli::try_parse_from(["x", "serve", "--worker-urls", " , "]).expect_err("no workers");
     }
 }

@@ -36,7 +36,8 @@ const COMPLETION_TOKENS: u32 = 16;
 pub async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let mut meter = Meter::new(Arc::clone(&app.fleet.metrics));
     let started = async {
-        let Completion { model, prompt, params } = Completion::parse(&body_of(&app, &headers, body).await?)?;
+        let Completion { model, prompt, params } =
+            Completion::parse(&body_of(&app, &headers, body, &mut meter).await?)?;
         let pool = app.fleet.pool(&model)?;
         meter.model.clone_from(&model);
         let prompt = match prompt {
@@ -44,7 +45,11 @@ pub async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: 
             Prompt::Ids(ids) => ids,
             Prompt::Other(_) | Prompt::Several => return Err(Error::Internal("an unchecked prompt".into())),
         };
-        let most = params.max_tokens.unwrap_or(COMPLETION_TOKENS);
+        let most = params.max_tokens.unwrap_or_else(|| {
+            // The default is ours: it gives way where the client's own wish is an error.
+            let room = pool.most_tokens().0.saturating_sub(prompt.len() as u64).max(1);
+            u32::try_from(room).unwrap_or(u32::MAX).min(COMPLETION_TOKENS)
+        });
         start(&pool, Kind::Completion, job(model, prompt, &params, most), &params, meter.arrived)
     };
     let started = started.await;
@@ -55,10 +60,11 @@ pub async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: 
 pub async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let mut meter = Meter::new(Arc::clone(&app.fleet.metrics));
     let started = async {
-        let Chat { model, messages, tools, params } = Chat::parse(&body_of(&app, &headers, body).await?)?;
+        let body = body_of(&app, &headers, body, &mut meter).await?;
+        let Chat { model, messages, tools, params } = Chat::parse(&body)?;
         let pool = app.fleet.pool(&model)?;
         meter.model.clone_from(&model);
-        let prompt = pool.encode_chat(messages, tools).await?;
+        let prompt = pool.encode_chat(messages, tools, body.len()).await?;
         let most = params.max_tokens.unwrap_or(0);
         start(&pool, Kind::Chat, job(model, prompt, &params, most), &params, meter.arrived)
     };
@@ -86,11 +92,14 @@ fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
     }
 }
 
-async fn body_of(app: &App, headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
+/// The whole body. From then on a shutdown waits for the request.
+async fn body_of(app: &App, headers: &HeaderMap, body: Body, meter: &mut Meter) -> Result<Bytes, Error> {
     if app.is_draining() {
         return Err(Error::Draining);
     }
-    read(headers, body, app.most_payload).await
+    let body = read(headers, body, app.most_payload).await?;
+    meter.busy = Some(app.begin()?);
+    Ok(body)
 }
 
 /// A request that runs, and what its answer needs.
@@ -110,7 +119,16 @@ fn start(pool: &Pool, kind: Kind, job: Job, params: &Params, arrived: Instant) -
         include_usage: params.include_usage,
         token_ids: params.return_token_ids.then(|| Arc::clone(&job.prompt)),
     };
-    let generation = pool.submit(job, arrived)?;
+    let generation = pool.submit(job, arrived).map_err(|error| match error {
+        // Named as the client named it.
+        Error::ContextLength { message, param: "max_tokens" } => {
+            Error::ContextLength { message, param: params.limit_name }
+        }
+        Error::ContextLength { message, param: "prompt" } if kind == Kind::Chat => {
+            Error::ContextLength { message, param: "messages" }
+        }
+        error => error,
+    })?;
     Ok(Started { answer, generation, stream: params.stream })
 }
 

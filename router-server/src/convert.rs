@@ -16,6 +16,20 @@ use crate::proto::worker_message::Body as FromWorker;
 
 /// Longest name of a worker or model.
 const MOST_NAME: usize = 256;
+/// Most names a worker may serve.
+const MOST_NAMES: usize = 256;
+/// Longest text of a worker that goes on to a client or a log, in characters.
+const MOST_TEXT: usize = 500;
+/// What a worker says to the owner that it is taken from.
+const TAKEN: &str = "another owner";
+
+/// A worker's text, cut where it is too long.
+pub fn clipped(text: &str) -> String {
+    match text.char_indices().nth(MOST_TEXT) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
 
 /// A message that cannot be true: the link is closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,11 +43,11 @@ fn hostile<T>(what: impl Into<String>) -> Result<T, Hostile> {
 /// What a worker's message means for the link.
 #[derive(Clone, Debug)]
 pub enum Heard {
-    /// For the core. Idle time and an error, if a batch reported them.
+    /// For the core.
     Message(WorkerMessage),
     /// The session is over.
     Goodbye(String),
-    /// Another router owns the worker.
+    /// Another router owns the worker, or has just taken it.
     NotOwner(String),
 }
 
@@ -48,6 +62,13 @@ pub fn worker_spec(info: &proto::WorkerInfo) -> Result<WorkerSpec, Hostile> {
         return hostile("served_names is empty");
     }
     info.served_names.iter().try_for_each(|served| name(served, "served name"))?;
+    if info.served_names.len() > MOST_NAMES {
+        return hostile(format!("too many served names: {}", info.served_names.len()));
+    }
+    let texts = [&info.model_digest, &info.tokenizer_digest, &info.device, &info.dtype, &info.engine];
+    if let Some(text) = texts.iter().find(|text| text.len() > MOST_NAME) {
+        return hostile(format!("a text of its announcement has {} bytes: {}", text.len(), clipped(text)));
+    }
     let zero = [
         ("vocab_size", info.vocab_size),
         ("max_context", info.max_context),
@@ -93,7 +114,10 @@ pub fn heard(body: FromWorker, vocab: u32) -> Result<Heard, Hostile> {
         FromWorker::SliceReport(report) => WorkerMessage::SliceReported(slice_report(report)?),
         FromWorker::Refused(refused) => return refusal(refused),
         FromWorker::Load(_) | FromWorker::Pong(_) => WorkerMessage::Heartbeat,
-        FromWorker::Goodbye(goodbye) => return Ok(Heard::Goodbye(goodbye.reason)),
+        FromWorker::Goodbye(goodbye) if goodbye.reason.starts_with(TAKEN) => {
+            return Ok(Heard::NotOwner(clipped(&goodbye.reason)));
+        }
+        FromWorker::Goodbye(goodbye) => return Ok(Heard::Goodbye(clipped(&goodbye.reason))),
     }))
 }
 
@@ -204,14 +228,14 @@ fn refusal(refused: proto::Refused) -> Result<Heard, Hostile> {
         Ok(Reason::TooManyRows) => Refusal::TooManyRows,
         Ok(Reason::UnknownRow) => Refusal::UnknownRow,
         Ok(Reason::Unsupported | Reason::Invalid) => Refusal::Unsupported,
-        Ok(Reason::NotOwner) => return Ok(Heard::NotOwner(refused.detail)),
+        Ok(Reason::NotOwner) => return Ok(Heard::NotOwner(clipped(&refused.detail))),
         Ok(Reason::Unspecified) | Err(_) => return hostile(format!("unknown refusal: {}", refused.reason)),
     };
     Ok(Heard::Message(WorkerMessage::Refused {
         plan: PlanNo(refused.plan_no),
         reason,
         rows: refused.rows.into_iter().map(|row| key(Some(row))).collect::<Result<_, _>>()?,
-        detail: refused.detail,
+        detail: clipped(&refused.detail),
     }))
 }
 
@@ -346,6 +370,12 @@ mod tests {
 
     fn is_message(body: FromWorker) -> bool {
         matches!(heard(body, 100), Ok(Heard::Message(_)))
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters() {
+        assert_eq!(clipped("é"), "é");
+        assert_eq!(clipped(&"é".repeat(501)).chars().count(), 501);
     }
 
     #[test]

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use router_core::{
-    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, Scheduler,
-    Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, RowKey,
+    Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -186,6 +186,9 @@ struct Dispatcher {
     clients: HashMap<RequestId, Client>,
     wake: Option<Micros>,
     events: Vec<Event>,
+    /// Rows to drop, by worker: of one flush they go in one message, so that many clients that leave at once do not fill
+    /// a link.
+    drops: Vec<(WorkerId, Vec<RowKey>)>,
     /// Ready workers may have changed since `state` was written.
     stale: bool,
     state: Arc<PoolState>,
@@ -209,6 +212,7 @@ pub async fn run(
         clients: HashMap::new(),
         wake: None,
         events: Vec::new(),
+        drops: Vec::new(),
         stale: false,
         state,
         metrics,
@@ -341,6 +345,7 @@ impl Dispatcher {
     /// Frees the slot and tells the core. Dropping what is given back ends the session, if it is still there.
     fn lose(&mut self, worker: WorkerId) -> Option<Session> {
         let session = self.seats.get_mut(worker.0 as usize).and_then(Option::take)?;
+        self.drops.retain(|(of, _)| *of != worker);
         self.state.members.fetch_sub(1, Ordering::Relaxed);
         self.stale = true;
         self.events.push(Event::WorkerLost { worker, epoch: session.epoch });
@@ -357,7 +362,14 @@ impl Dispatcher {
                 self.events.push(Event::Tick);
             }
             if self.events.is_empty() {
-                break;
+                // Sending may lose a worker, which is an event.
+                let workers: Vec<WorkerId> = self.drops.iter().map(|(worker, _)| *worker).collect();
+                for worker in workers {
+                    self.send_drops(worker);
+                }
+                if self.events.is_empty() {
+                    break;
+                }
             }
             self.scheduler.handle_many(now, self.events.drain(..), &mut actions);
             for action in actions.drain(..) {
@@ -383,12 +395,20 @@ impl Dispatcher {
     fn perform(&mut self, action: Action) {
         match action {
             Action::Plan(worker, plan) => {
+                // The worker is to hear of things in the order in which they happened.
+                self.send_drops(worker);
                 let clients = &self.clients;
                 let message = convert::plan(plan, |request| clients.get(&request).map(|client| &client.extras));
                 self.send(worker, message);
             }
-            Action::Drop(worker, rows) => self.send(worker, convert::drop_rows(&rows)),
-            Action::Resync(worker) => self.send(worker, ToWorker::Resync(Resync {})),
+            Action::Drop(worker, rows) => match self.drops.iter_mut().find(|(of, _)| *of == worker) {
+                Some((_, pending)) => pending.extend(rows),
+                None => self.drops.push((worker, rows)),
+            },
+            Action::Resync(worker) => {
+                self.send_drops(worker);
+                self.send(worker, ToWorker::Resync(Resync {}));
+            }
             Action::Quarantine(worker, why) => {
                 if let Some(session) = self.lose(worker) {
                     error!(worker = %session.name, why, "quarantined: what the worker says cannot be true");
@@ -412,6 +432,13 @@ impl Dispatcher {
                 }
             }
             Action::WakeAt(at) => self.wake = Some(self.wake.map_or(at, |wake| wake.min(at))),
+        }
+    }
+
+    fn send_drops(&mut self, worker: WorkerId) {
+        if let Some(at) = self.drops.iter().position(|(of, _)| *of == worker) {
+            let (_, rows) = self.drops.remove(at);
+            self.send(worker, convert::drop_rows(&rows));
         }
     }
 

@@ -43,6 +43,9 @@ pub enum Error {
     /// The body is larger than the limit.
     #[error("the body is too large: more than {0} bytes")]
     TooLarge(usize),
+    /// The body is packed.
+    #[error("the content-encoding is not supported: {0}\nsend the body as it is")]
+    ContentEncoding(String),
     /// The client took too long to send its request.
     #[error("the request did not arrive in time")]
     SlowRequest,
@@ -101,6 +104,7 @@ impl Error {
             Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
             Self::UnknownModel(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::ContentEncoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::SlowRequest | Self::SlowClient => StatusCode::REQUEST_TIMEOUT,
             Self::NoWorker | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -114,9 +118,11 @@ impl Error {
     /// The twin of the status in gRPC.
     fn grpc_code(&self) -> tonic::Code {
         match self {
-            Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } | Self::TooLarge(_) => {
-                tonic::Code::InvalidArgument
-            }
+            Self::Invalid { .. }
+            | Self::Unsupported { .. }
+            | Self::ContextLength { .. }
+            | Self::TooLarge(_)
+            | Self::ContentEncoding(_) => tonic::Code::InvalidArgument,
             Self::UnknownModel(_) | Self::NotFound(_) => tonic::Code::NotFound,
             Self::SlowRequest | Self::SlowClient => tonic::Code::Aborted,
             Self::NoWorker | Self::Draining | Self::WorkerFailed(_) => tonic::Code::Unavailable,
@@ -135,6 +141,7 @@ impl Error {
             Self::ContextLength { .. } => "context_length_exceeded",
             Self::UnknownModel(_) => "model_not_found",
             Self::TooLarge(_) => "body_too_large",
+            Self::ContentEncoding(_) => "unsupported_content_encoding",
             Self::SlowRequest | Self::Timeout(_) => "timeout",
             Self::NoWorker => "no_ready_worker",
             Self::Draining => "shutting_down",

@@ -123,6 +123,7 @@ impl Fields {
         Ok(Params {
             // The new name wins where both are given, as at OpenAI.
             max_tokens: max_completion_tokens.or(max_tokens),
+            limit_name: if max_completion_tokens.is_some() { "max_completion_tokens" } else { "max_tokens" },
             min_tokens: self.count("min_tokens", 0)?.unwrap_or(0),
             temperature: self.temperature()?,
             seed: self.seed()?,
@@ -149,6 +150,68 @@ impl Fields {
         }
         Ok(())
     }
+}
+
+/// Fields that are read.
+const SERVED: [&str; 16] = [
+    "model",
+    "messages",
+    "tools",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "temperature",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "stream",
+    "stream_options",
+    "return_token_ids",
+    "add_special_tokens",
+    "tool_choice",
+];
+/// Fields that are not served, but have a value that asks for nothing; see [`is_neutral`].
+const WITH_NEUTRAL: [&str; 34] = [
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "metadata",
+    "n",
+    "best_of",
+    "top_p",
+    "repetition_penalty",
+    "length_penalty",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "top_logprobs",
+    "priority",
+    "logit_bias",
+    "chat_template_kwargs",
+    "scls",
+    "logprobs",
+    "echo",
+    "store",
+    "use_beam_search",
+    "include_stop_str_in_output",
+    "early_stopping",
+    "continue_final_message",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "add_generation_prompt",
+    "detokenize",
+    "parallel_tool_calls",
+    "suffix",
+    "response_format",
+    "modalities",
+    "service_tier",
+];
+
+/// Whether a field's value matters.
+pub(crate) fn is_known(name: &str) -> bool {
+    SERVED.contains(&name) || WITH_NEUTRAL.contains(&name)
 }
 
 /// Whether a field that is not served asks for nothing that is not done anyway.

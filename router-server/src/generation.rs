@@ -9,6 +9,7 @@ use router_core::{FinishReason, RequestId, RowEnd};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::convert::clipped;
 use crate::dispatch::{Command, Update};
 use crate::error::Error;
 use crate::metrics::Metrics;
@@ -93,6 +94,7 @@ pub struct Generation {
     detokenizer: Option<Detokenizer>,
     stops: StopMatcher,
     min_tokens: u32,
+    max_tokens: u32,
     arrived: Instant,
     timeout: Duration,
     last_token: Option<Instant>,
@@ -124,13 +126,14 @@ pub struct Start {
 
 impl Generation {
     /// Begins to listen.
-    pub fn new(start: Start, stop: Vec<String>, min_tokens: u32) -> Self {
+    pub fn new(start: Start, stop: Vec<String>, limits: &proto::Limits) -> Self {
         Self {
             updates: start.updates,
             guard: CancelGuard { request: start.request, commands: start.commands, armed: true },
             detokenizer: start.tokenizer.map(Detokenizer::new),
             stops: StopMatcher::new(stop),
-            min_tokens,
+            min_tokens: limits.min_tokens,
+            max_tokens: limits.max_tokens,
             arrived: start.arrived,
             timeout: start.timeout,
             last_token: None,
@@ -236,10 +239,16 @@ impl Generation {
         let stopped = match end.reason {
             _ if self.stopped => true,
             FinishReason::Stop => true,
+            FinishReason::Length if end.emitted.0 < self.max_tokens.into() => {
+                let why = format!("it ended for length after {} of {} tokens", end.emitted.0, self.max_tokens);
+                return Err(Error::WorkerFailed(why));
+            }
             FinishReason::Length => false,
-            FinishReason::Cancelled => return Err(Error::Internal("the request was cancelled".into())),
+            // We listen, so it was not us.
+            FinishReason::Cancelled => return Err(Error::WorkerFailed("it cancelled the request".into())),
             FinishReason::Error => {
-                return Err(Error::WorkerFailed(end.error.unwrap_or_else(|| "no reason given".into())));
+                let why = end.error.unwrap_or_else(|| "no reason given".into());
+                return Err(Error::WorkerFailed(clipped(&why)));
             }
         };
         Ok(End {

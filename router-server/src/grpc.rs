@@ -30,9 +30,7 @@ impl Service {
     }
 
     async fn start(&self, request: GenerateRequest, meter: &mut Meter) -> Result<Generation, Error> {
-        if self.app.is_draining() {
-            return Err(Error::Draining);
-        }
+        meter.busy = Some(self.app.begin()?);
         let pool = self.app.fleet.pool(&request.model)?;
         meter.model.clone_from(&request.model);
         if request.n > 1 {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
@@ -10,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 
 use crate::completions::{chat, completions};
 use crate::dispatch::Decided;
@@ -28,12 +30,23 @@ pub struct App {
     /// Largest body.
     pub most_payload: usize,
     draining: AtomicBool,
+    /// Requests that generate.
+    busy: watch::Sender<usize>,
+}
+
+/// A request that a shutdown waits for, until this is dropped.
+pub struct Busy(watch::Sender<usize>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.send_modify(|busy| *busy -= 1);
+    }
 }
 
 impl App {
     /// Over a fleet, taking requests.
     pub fn new(fleet: Arc<Fleet>, most_payload: usize) -> Self {
-        Self { fleet, most_payload, draining: AtomicBool::new(false) }
+        Self { fleet, most_payload, draining: AtomicBool::new(false), busy: watch::Sender::new(0) }
     }
 
     /// From now on new requests are refused.
@@ -44,6 +57,21 @@ impl App {
     /// Whether the router is about to end.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Begins a request that has arrived whole; refused if the router is about to end.
+    pub fn begin(&self) -> Result<Busy, Error> {
+        // Counted before it is asked, so that the end does not come between.
+        self.busy.send_modify(|busy| *busy += 1);
+        let busy = Busy(self.busy.clone());
+        if self.is_draining() { Err(Error::Draining) } else { Ok(busy) }
+    }
+
+    /// Ends when no request generates.
+    pub async fn idle(&self) {
+        let mut busy = self.busy.subscribe();
+        // Fails only without a sender, and we have one.
+        let _ = busy.wait_for(|busy| *busy == 0).await;
     }
 
     /// Whether new requests are taken.
@@ -156,7 +184,10 @@ async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"object": "list", "data": data}))
 }
 
-async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+type Name = Result<Path<String>, PathRejection>;
+
+async fn model(State(app): State<Arc<App>>, name: Name) -> Result<Json<Value>, Error> {
+    let Path(name) = name.map_err(|_| Error::invalid("model", "the model's name is not UTF-8"))?;
     let pool = app.fleet.pool(&name)?;
     Ok(Json(describe(&name, &pool)))
 }

@@ -5,10 +5,12 @@
 //! back through `dispatch` → `generation` → `http` or `grpc`.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
 
+pub mod accept;
 pub mod answer;
 pub mod body;
 pub mod cli;
@@ -62,7 +64,7 @@ pub fn exit_code_from(args: impl IntoIterator<Item = OsString>) -> u8 {
     match run::run(cli.command) {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("error: {error}");
+            let _ = writeln!(std::io::stderr(), "error: {error}");
             1
         }
     }

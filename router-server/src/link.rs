@@ -37,6 +37,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_millis(500);
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
+/// A router that was displaced does not take the worker back while the other may live: two of them would take it from
+/// each other for ever.
+const DISPLACED: Duration = Duration::from_secs(30);
 /// A refused worker is tried again, in case another takes its place: after the first, twice it, and so on to the last.
 const REFUSED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)];
 
@@ -44,6 +47,8 @@ const REFUSED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)]
 enum Ended {
     /// The worker cannot be reached or went away.
     Lost(String),
+    /// Another router owns it.
+    Displaced(String),
     /// It may not join, or what it said cannot be true.
     Refused(String),
 }
@@ -72,7 +77,15 @@ pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
         let (state, why, pause) = match ended {
             Ended::Lost(why) => (State::Connecting, why, backoff),
             Ended::Refused(why) => (State::Refused, why, refused),
+            Ended::Displaced(why) => {
+                let why = format!(
+                    "another router owns the worker: {why}\nIt is tried again every {} s: end one of the two routers.",
+                    DISPLACED.as_secs()
+                );
+                (State::Refused, why, DISPLACED)
+            }
         };
+        let why = convert::clipped(&why);
         // Said once, not at every attempt.
         if told != why || opened {
             match state {
@@ -88,6 +101,7 @@ pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
             seen.seat = None;
         });
         match state {
+            State::Refused if pause == DISPLACED => {}
             State::Refused => refused = (refused * 2).min(REFUSED[1]),
             _ => backoff = (backoff * 2).min(BACKOFF[1]),
         }
@@ -115,7 +129,7 @@ async fn session(link: &Arc<Link>, fleet: &Arc<Fleet>, opened: &mut bool) -> End
 }
 
 fn describe(status: &tonic::Status) -> String {
-    format!("{:?}: {}", status.code(), status.message())
+    format!("{:?}: {}", status.code(), convert::clipped(status.message()))
 }
 
 async fn dial(url: &str) -> Result<WorkerClient<Channel>, Ended> {
@@ -129,8 +143,12 @@ async fn dial(url: &str) -> Result<WorkerClient<Channel>, Ended> {
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20);
     let channel = endpoint.connect().await.map_err(|error| {
-        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-        Ended::Lost(format!("{error}{}", cause.unwrap_or_default()))
+        // The last cause says what is wrong: refused, timed out, no such host.
+        let mut cause: &dyn std::error::Error = &error;
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
+        Ended::Lost(format!("cannot connect: {cause}"))
     })?;
     let client = WorkerClient::new(channel);
     Ok(client.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE))
@@ -267,12 +285,17 @@ async fn listen(mut stream: tonic::Streaming<WorkerMessage>, info: &WorkerInfo, 
         if let crate::proto::worker_message::Body::SliceReport(report) = &body
             && !report.error.is_empty()
         {
-            error!(worker = info.worker_id, batch = report.batch, error = report.error, "a batch failed");
+            error!(
+                worker = info.worker_id,
+                batch = report.batch,
+                error = convert::clipped(&report.error),
+                "a batch failed"
+            );
         }
         match convert::heard(body, info.vocab_size) {
             Err(hostile) => return Ended::Refused(hostile.to_string()),
             Ok(Heard::Goodbye(reason)) => return Ended::Lost(format!("goodbye: {reason}")),
-            Ok(Heard::NotOwner(detail)) => return Ended::Refused(format!("another router owns the worker: {detail}")),
+            Ok(Heard::NotOwner(detail)) => return Ended::Displaced(detail),
             Ok(Heard::Message(message)) => {
                 let command = Command::Message { seat, seq, message };
                 if pool.commands.send(command).await.is_err() {

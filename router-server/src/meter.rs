@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use tokio::time::Instant;
 
+use crate::http::Busy;
 use crate::metrics::Metrics;
 
 /// Counts a request when it ends; one that is dropped before that was left by its client.
@@ -13,6 +14,8 @@ pub struct Meter {
     pub model: String,
     /// When it came.
     pub arrived: Instant,
+    /// Set once it is a request that a shutdown waits for.
+    pub busy: Option<Busy>,
     metrics: Arc<Metrics>,
     code: u16,
 }
@@ -21,7 +24,7 @@ impl Meter {
     /// Begins to count.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         metrics.began();
-        Self { model: "unknown".into(), arrived: Instant::now(), metrics, code: 499 }
+        Self { model: "unknown".into(), arrived: Instant::now(), busy: None, metrics, code: 499 }
     }
 
     /// Sets how it ended.

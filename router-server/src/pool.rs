@@ -23,6 +23,8 @@ use crate::tokenizer::Tokenizer;
 
 /// Texts that are tokenised or rendered at once; more wait. It is work for a processor, so more would gain nothing.
 const ENCODERS: usize = 4;
+/// Texts of more bytes than this are big: of those at most so many at once, so that small ones do not wait for them.
+const BIG: (usize, usize) = (64 << 10, ENCODERS / 2);
 /// Texts that may wait for that; more are answered 429.
 const WAITING: usize = 1024;
 
@@ -44,6 +46,7 @@ pub struct Pool {
     root: BlockHash,
     text: Arc<Text>,
     encoders: Arc<Semaphore>,
+    big_encoders: Arc<Semaphore>,
     waiting: Semaphore,
     next_request: AtomicU64,
     metrics: Arc<Metrics>,
@@ -104,6 +107,7 @@ impl Pool {
             root,
             text: Arc::new(text),
             encoders: Arc::new(Semaphore::new(ENCODERS)),
+            big_encoders: Arc::new(Semaphore::new(BIG.1)),
             waiting: Semaphore::new(WAITING),
             next_request: AtomicU64::new(1),
             metrics,
@@ -126,36 +130,53 @@ impl Pool {
         if self.text.tokenizer.is_none() {
             return Err(Error::invalid("prompt", "this model has no tokenizer: send token ids"));
         }
-        self.blocking(move |own| own.encode(&text, true)).await
+        let most = self.most_tokens();
+        self.text.check_length("prompt", &text, most)?;
+        self.blocking(text.len(), move |own| own.encode(&text, true)).await
     }
 
-    /// Ids of a conversation.
-    pub async fn encode_chat(&self, messages: Vec<Json>, tools: Option<Json>) -> Result<Vec<u32>, Error> {
+    /// Ids of a conversation that came in so many bytes.
+    pub async fn encode_chat(&self, messages: Vec<Json>, tools: Option<Json>, bytes: usize) -> Result<Vec<u32>, Error> {
         if self.text.tokenizer.is_none() || self.text.template.is_none() {
             return Err(Error::invalid("messages", "this model has no chat template: use /v1/completions"));
         }
-        self.blocking(move |own| {
+        let most = self.most_tokens();
+        self.blocking(bytes, move |own| {
             let template = own.template.as_ref().ok_or_else(|| Error::Internal("no template".into()))?;
-            let text = template.render(&messages, tools.as_ref());
-            own.encode(&text.map_err(|error| Error::invalid("messages", error.to_string()))?, false)
+            let text = template.render(&messages, tools.as_ref()).map_err(|error| {
+                let by_tools = tools.is_some() && template.render(&messages, None).is_ok();
+                Error::invalid(if by_tools { "tools" } else { "messages" }, error.to_string())
+            })?;
+            own.check_length("messages", &text, most)?;
+            own.encode(&text, false)
         })
         .await
     }
 
     async fn blocking(
         &self,
+        bytes: usize,
         work: impl FnOnce(&Text) -> Result<Vec<u32>, Error> + Send + 'static,
     ) -> Result<Vec<u32>, Error> {
         let overloaded = |_| Error::Overloaded { retry_after: Duration::from_secs(1) };
         let _place = self.waiting.try_acquire().map_err(overloaded)?;
+        // Big ones wait for each other before they take a place that a small one could have.
+        let big = if bytes > BIG.0 { Some(Arc::clone(&self.big_encoders).acquire_owned().await) } else { None };
         let permit = Arc::clone(&self.encoders).acquire_owned().await;
         let text = Arc::clone(&self.text);
+        let client = Arc::new(());
+        let waits = Arc::downgrade(&client);
         let work = tokio::task::spawn_blocking(move || {
             // Held by the work itself: a client that goes away does not make room for more before it is done.
-            let _permit = permit;
+            let _permits = (permit, big);
+            if waits.strong_count() == 0 {
+                return Err(Error::Internal("nobody waits for it".into()));
+            }
             work(&text)
         });
-        work.await.map_err(|error| Error::Internal(error.to_string()))?
+        let done = work.await;
+        drop(client);
+        done.map_err(|error| Error::Internal(error.to_string()))?
     }
 
     /// Checks a request against the pool and gives it to the scheduler.
@@ -187,7 +208,7 @@ impl Pool {
             timeout: self.timeout,
             metrics: Arc::clone(&self.metrics),
         };
-        Ok(Generation::new(start, job.stop, job.limits.min_tokens))
+        Ok(Generation::new(start, job.stop, &job.limits))
     }
 
     fn check_ids(&self, param: &str, ids: &[u32]) -> Result<(), Error> {
@@ -278,6 +299,17 @@ impl Text {
             None
         });
         Ok(Self { tokenizer, template })
+    }
+
+    /// Refuses what has more bytes than the longest tokens could stand for, without tokenising it.
+    fn check_length(&self, param: &'static str, text: &str, most: Tokens) -> Result<(), Error> {
+        let longest = self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.most_bytes());
+        let Some(longest) = longest.filter(|_| most.0 > 0) else { return Ok(()) };
+        if text.len() as u64 > most.0.saturating_mul(longest as u64) {
+            let message = format!("too long for the context of {most}: {} bytes of the prompt", text.len());
+            return Err(Error::ContextLength { message, param });
+        }
+        Ok(())
     }
 
     fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {

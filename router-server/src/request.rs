@@ -3,11 +3,11 @@
 //! Every field is either served, or neutral, or refused by name: nothing that would change the answer is passed over
 //! in silence. Knows JSON and values' ranges; does not know models.
 
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
-use crate::fields::{Fields, wrong};
+use crate::fields::{Fields, is_known, wrong};
 use crate::messages::{check_message, check_tool};
 use crate::prompt::Prompt;
 
@@ -44,6 +44,8 @@ pub struct Chat {
 pub struct Params {
     /// Most output tokens, if the client says.
     pub max_tokens: Option<u32>,
+    /// The field that said so, or would have.
+    pub limit_name: &'static str,
     /// Tokens before which nothing ends the output.
     pub min_tokens: u32,
     /// 0 is greedy.
@@ -64,9 +66,12 @@ pub struct Params {
     pub return_token_ids: bool,
 }
 
-/// A body as it was parsed: the prompt apart, by its own parser.
+/// A body as it was parsed: the prompt apart, by its own parser. What is in a field that nobody knows is not kept: as
+/// JSON values it could take many times its size.
 struct Body {
     prompt: Option<Prompt>,
+    /// The first field that is not known and not null.
+    unknown: Option<String>,
     fields: Map<String, Value>,
 }
 
@@ -79,12 +84,14 @@ impl<'de> Deserialize<'de> for Body {
                 f.write_str("an object")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
-                let mut body = Body { prompt: None, fields: Map::new() };
+                let mut body = Body { prompt: None, unknown: None, fields: Map::new() };
                 while let Some(key) = map.next_key::<String>()? {
                     if key == "prompt" {
                         body.prompt = Some(map.next_value()?);
-                    } else {
+                    } else if is_known(&key) {
                         body.fields.insert(key, map.next_value()?);
+                    } else if map.next_value::<Option<IgnoredAny>>()?.is_some() && body.unknown.is_none() {
+                        body.unknown = Some(key.chars().take(64).collect());
                     }
                 }
                 Ok(body)
@@ -126,6 +133,7 @@ impl Completion {
         if fields.0.get("add_special_tokens") == Some(&json!(true)) {
             fields.0.shift_remove("add_special_tokens");
         }
+        body.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
         fields.nothing_else(false)?;
         Ok(Self { model, prompt, params })
     }
@@ -163,6 +171,7 @@ impl Chat {
         if fields.0.get("add_special_tokens") == Some(&json!(false)) {
             fields.0.shift_remove("add_special_tokens");
         }
+        body.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
         fields.nothing_else(tools.is_some())?;
         Ok(Self { model, messages, tools, params })
     }

@@ -1,8 +1,9 @@
 //! Runs a command: sockets, signals, exit codes. All that is a process and not a request.
 
 use std::future::Future;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,12 +21,14 @@ use crate::up::Up;
 pub fn run(command: Command) -> Result<(), String> {
     match command {
         Command::Version => {
-            println!("scls-router {}", env!("CARGO_PKG_VERSION"));
-            Ok(())
+            let version = writeln!(std::io::stdout(), "scls-router {}", env!("CARGO_PKG_VERSION"));
+            version.map_err(|error| format!("cannot write to stdout: {error}"))
         }
-        Command::Serve { worker_urls, serve } => {
-            on_runtime(&serve.log_level, serve.log_json, serve_urls(&serve, worker_urls))
-        }
+        Command::Serve { worker_urls, serve } => on_runtime(
+            &serve.log_level,
+            serve.log_json,
+            serve_urls(&serve, worker_urls.into_iter().flat_map(|urls| urls.0).collect()),
+        ),
         Command::Up { up, serve } => {
             check_model(&up.model)?;
             on_runtime(&serve.log_level, serve.log_json, serve_up(&serve, &up))
@@ -46,7 +49,8 @@ fn on_runtime(level: &str, json: bool, work: impl Future<Output = Result<(), Str
 
 fn start_log(level: &str, json: bool) -> Result<(), String> {
     let filter = EnvFilter::try_new(level).map_err(|error| format!("--log-level: {error}"))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Who reads stderr may go away; that is no reason to stop.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     // Fails where the embedding process has a log already: then that one is used.
     let _ = if json { log.json().try_init() } else { log.with_ansi(false).try_init() };
     Ok(())
@@ -70,26 +74,38 @@ fn check_model(directory: &Path) -> Result<(), String> {
 }
 
 async fn serve_urls(args: &ServeArgs, urls: Vec<String>) -> Result<(), String> {
-    let (fleet, listeners, signal) = prepare(args).await?;
+    let (fleet, listeners, signals) = prepare(args).await?;
     for url in urls {
         fleet.add(url);
     }
-    serve(fleet, args.max_payload_size, listeners, signal).await.map_err(|error| error.to_string())
+    let served = serve(fleet, args.max_payload_size, listeners, signals.first);
+    tokio::select! {
+        served = served => served.map_err(|error| error.to_string()),
+        () = signals.second => Err(AT_ONCE.into()),
+    }
 }
 
 async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
-    let (fleet, listeners, signal) = prepare(args).await?;
+    let (fleet, listeners, signals) = prepare(args).await?;
     let (up, mut failures) = Up::start(workers, &fleet);
     let mut failure = None;
     let stop = async {
         tokio::select! {
-            () = signal => {}
+            () = signals.first => {}
             why = failures.recv() => failure = why,
         }
     };
-    let served = serve(fleet, args.max_payload_size, listeners, stop).await;
-    // Workers live until the requests that need them are done.
-    up.end().await;
+    let all = async {
+        let served = serve(fleet, args.max_payload_size, listeners, stop).await;
+        // Workers live until the requests that need them are done.
+        up.end().await;
+        served
+    };
+    let served = tokio::select! {
+        served = all => served,
+        // The workers end by themselves: we close what holds them.
+        () = signals.second => return Err(AT_ONCE.into()),
+    };
     match failure {
         Some(why) => Err(why),
         None => served.map_err(|error| error.to_string()),
@@ -97,16 +113,20 @@ async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
 }
 
 async fn mock_worker(args: &MockArgs) -> Result<(), String> {
+    mock::check(args)?;
     let listener = bind("--port", &args.host, args.port).await?;
-    let signal = shutdown_signal()?;
+    let signals = Signals::listen()?;
     mock::announce(&listener).map_err(|error| format!("cannot write to stdout: {error}"))?;
     let stop = async {
         tokio::select! {
-            () = signal => {}
+            () = signals.first => {}
             () = parent_gone(), if args.exit_with_parent => {}
         }
     };
-    mock::serve(args, listener, stop).await
+    tokio::select! {
+        served = mock::serve(args, listener, stop) => served,
+        () = signals.second => Err(AT_ONCE.into()),
+    }
 }
 
 /// Ends when stdin does: when the process that holds its other end is gone, however it went.
@@ -120,7 +140,7 @@ async fn parent_gone() {
     let _ = gone.await;
 }
 
-async fn prepare(args: &ServeArgs) -> Result<(Arc<Fleet>, Listeners, impl Future<Output = ()>), String> {
+async fn prepare(args: &ServeArgs) -> Result<(Arc<Fleet>, Listeners, Signals), String> {
     let fleet = Fleet::new(args.pool_config(), Arc::new(Metrics::default()));
     let listeners = Listeners {
         http: bind("--port", &args.host, args.port).await?,
@@ -128,14 +148,21 @@ async fn prepare(args: &ServeArgs) -> Result<(Arc<Fleet>, Listeners, impl Future
         admin: bind("--admin-port", "127.0.0.1", args.admin_port).await?,
     };
     // Before anything is announced, so that no signal is missed after that.
-    let signal = shutdown_signal()?;
+    let signals = Signals::listen()?;
     announce(&listeners).map_err(|error| format!("cannot write to stdout: {error}"))?;
-    Ok((fleet, listeners, signal))
+    Ok((fleet, listeners, signals))
 }
 
 async fn bind(flag: &str, host: &str, port: u16) -> Result<TcpListener, String> {
-    let hint = format!("choose another with {flag}; 0 picks a free one");
-    TcpListener::bind((host, port)).await.map_err(|error| format!("cannot listen on {host}:{port}: {error}\n{hint}"))
+    TcpListener::bind((host, port)).await.map_err(|error| {
+        let hint = match error.kind() {
+            ErrorKind::AddrInUse | ErrorKind::PermissionDenied => {
+                format!("choose another port with {flag}; 0 picks a free one")
+            }
+            _ => "--host must be an address or a name of this machine".to_owned(),
+        };
+        format!("cannot listen on {host}:{port}: {error}\n{hint}")
+    })
 }
 
 /// One line a listener, for scripts that wait for them.
@@ -147,15 +174,37 @@ fn announce(listeners: &Listeners) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Ends with SIGTERM or SIGINT.
-fn shutdown_signal() -> Result<impl Future<Output = ()>, String> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let handler = |kind| signal(kind).map_err(|error| format!("no signal handler: {error}"));
-    let (mut terminate, mut interrupt) = (handler(SignalKind::terminate())?, handler(SignalKind::interrupt())?);
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
+/// Why a run ended that did not wait for its requests.
+const AT_ONCE: &str = "ended at once by a second signal";
+
+/// SIGTERM and SIGINT: the first asks for the end, the second does not wait for it.
+struct Signals {
+    first: Pin<Box<dyn Future<Output = ()> + Send>>,
+    second: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, String> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let handler = |kind| signal(kind).map_err(|error| format!("no signal handler: {error}"));
+        let (mut terminate, mut interrupt) = (handler(SignalKind::terminate())?, handler(SignalKind::interrupt())?);
+        let (count, counted) = tokio::sync::watch::channel(0u32);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                count.send_modify(|count| *count = count.saturating_add(1));
+            }
+        });
+        let reached = |least: u32| {
+            let mut counted = counted.clone();
+            Box::pin(async move {
+                // The sender lives as long as the runtime.
+                let _ = counted.wait_for(|count| *count >= least).await;
+            })
+        };
+        Ok(Self { first: reached(1), second: reached(2) })
+    }
 }

@@ -5,22 +5,24 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::transport::server::TcpIncoming;
 use tonic_reflection::server::{v1, v1alpha};
 use tracing::{info, warn};
 
+use crate::accept::{self, end_within, told};
 use crate::fleet::Fleet;
 use crate::grpc::Service;
 use crate::http::{self, App};
 use crate::link::MOST_MESSAGE;
 use crate::proto::router_server::RouterServer;
 
-/// Longest that requests in flight may take to finish after a shutdown begins.
+/// Longest that requests that generate may take to finish after a shutdown begins.
 pub const DRAIN: Duration = Duration::from_secs(30);
+/// After that: for what is written already to leave, and for those who have said nothing worth waiting for.
+const GRACE: Duration = Duration::from_millis(500);
 const DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/scls_descriptor.bin"));
 
 /// Bound sockets.
@@ -47,7 +49,7 @@ pub enum ServeError {
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Serves the fleet until `shutdown`, then lets what is in flight finish for up to [`DRAIN`]. The fleet's links are
+/// Serves the fleet until `shutdown`, then lets requests that generate finish for up to [`DRAIN`]. The fleet's links are
 /// closed at the end.
 pub async fn serve(
     fleet: Arc<Fleet>,
@@ -60,13 +62,13 @@ pub async fn serve(
     // Admin answers to the very end, so that a drain can be watched.
     let (stop_admin, admin_stopped) = watch::channel(false);
     let mut servers = JoinSet::new();
-    let (public, http_stop) = (http::public(Arc::clone(&app)), told(stopped.clone()));
-    let public = axum::serve(listeners.http.tap_io(no_delay), public).with_graceful_shutdown(http_stop);
-    servers.spawn(async move { Ok::<_, ServeError>(public.await?) });
+    let public = accept::serve(listeners.http, http::public(Arc::clone(&app)), stopped.clone());
+    servers.spawn(async move {
+        public.await;
+        Ok::<_, ServeError>(())
+    });
     servers.spawn(grpc(Arc::clone(&app), listeners.grpc, stopped));
-    let admin = http::admin(Arc::clone(&app));
-    let admin = axum::serve(listeners.admin.tap_io(no_delay), admin).with_graceful_shutdown(told(admin_stopped));
-    let admin = tokio::spawn(async move { admin.await });
+    let admin = tokio::spawn(accept::serve(listeners.admin, http::admin(Arc::clone(&app)), admin_stopped));
 
     let mut result = Ok(());
     tokio::select! {
@@ -77,25 +79,14 @@ pub async fn serve(
     }
     app.drain();
     let _ = stop.send(true);
-    let drained = async { while servers.join_next().await.is_some() {} };
-    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+    if tokio::time::timeout(DRAIN, app.idle()).await.is_err() {
         warn!("requests were still running after {} s", DRAIN.as_secs());
     }
-    servers.abort_all();
+    end_within(&mut servers, GRACE).await;
     let _ = stop_admin.send(true);
     admin.abort();
     fleet.close();
     result
-}
-
-fn no_delay(stream: &mut TcpStream) {
-    // Fails only for sockets that are closed already.
-    let _ = stream.set_nodelay(true);
-}
-
-async fn told(mut stopped: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is the end as well.
-    let _ = stopped.wait_for(|stop| *stop).await;
 }
 
 fn descriptors() -> tonic_reflection::server::Builder<'static> {

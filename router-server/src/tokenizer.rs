@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde_json::Value as Json;
+
 /// The sign that stands for bytes that are no character (yet).
 const REPLACEMENT: char = '\u{FFFD}';
 /// Ids that may wait for the rest of their character. No character has more than four bytes, so a longer wait means
@@ -11,6 +13,7 @@ const MOST_PENDING: usize = 32;
 /// A tokenizer as its files define it.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    most_bytes: Option<usize>,
 }
 
 /// Why a tokenizer does not load or encode.
@@ -29,7 +32,13 @@ impl Tokenizer {
     pub fn from_json(bytes: &[u8]) -> Result<Self, TokenizerError> {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
         inner.with_truncation(None)?.with_padding(None);
-        Ok(Self { inner })
+        let most_bytes = most_bytes(bytes, &inner);
+        Ok(Self { inner, most_bytes })
+    }
+
+    /// Most bytes of text that a token can stand for; `None` where that has no bound.
+    pub fn most_bytes(&self) -> Option<usize> {
+        self.most_bytes
     }
 
     /// Ids of a text. Slow for long texts: milliseconds, so not on an async thread.
@@ -47,6 +56,79 @@ impl Tokenizer {
     fn silent(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary();
         self.inner.id_to_token(id).is_none_or(|token| added.is_special_token(&token))
+    }
+}
+
+/// What of a `tokenizer.json` may make text vanish or shrink.
+#[derive(serde::Deserialize)]
+struct Shape {
+    #[serde(default)]
+    added_tokens: Vec<Json>,
+    #[serde(default)]
+    normalizer: Json,
+    #[serde(default)]
+    pre_tokenizer: Json,
+    model: ModelShape,
+}
+
+#[derive(serde::Deserialize)]
+struct ModelShape {
+    #[serde(default, rename = "type")]
+    kind: String,
+    #[serde(default)]
+    byte_fallback: bool,
+}
+
+/// An upper bound, for tokenizers of which we know that every byte of the text is in some token: BPE over bytes or with
+/// all bytes to fall back on, and nothing before it that leaves text out.
+fn most_bytes(file: &[u8], tokenizer: &tokenizers::Tokenizer) -> Option<usize> {
+    let shape: Shape = serde_json::from_slice(file).ok()?;
+    let strips = |token: &Json| token["lstrip"] == true || token["rstrip"] == true;
+    if shape.model.kind != "BPE" || shape.added_tokens.iter().any(strips) {
+        return None;
+    }
+    let (normalizers, pre_tokenizers) =
+        (flat(&shape.normalizer, "normalizers"), flat(&shape.pre_tokenizer, "pretokenizers"));
+    let mut shrinks = 1;
+    for normalizer in &normalizers {
+        match normalizer["type"].as_str()? {
+            // Three letters of Hangul become one sign of as many bytes as each of them had; nothing shrinks more.
+            "NFC" => shrinks = 4,
+            "NFD" | "Prepend" | "ByteLevel" => {}
+            "Replace" => {
+                let (from, to) = (normalizer["pattern"]["String"].as_str()?, normalizer["content"].as_str()?);
+                if to.len() < from.len() {
+                    return None;
+                }
+            }
+            _ => return None,
+        }
+    }
+    for pre_tokenizer in &pre_tokenizers {
+        match pre_tokenizer["type"].as_str()? {
+            "ByteLevel" | "Digits" | "Metaspace" => {}
+            "Split" if pre_tokenizer["behavior"] != "Removed" => {}
+            _ => return None,
+        }
+    }
+    let vocab = tokenizer.get_vocab(true);
+    let whole = if normalizers.iter().chain(&pre_tokenizers).any(|step| step["type"] == "ByteLevel") {
+        let bytes = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+        bytes.iter().all(|byte| vocab.contains_key(byte.encode_utf8(&mut [0; 4]) as &str))
+    } else {
+        shape.model.byte_fallback && (0..=255).all(|byte| vocab.contains_key(&format!("<0x{byte:02X}>")))
+    };
+    // What a token reads is never longer than how the vocabulary writes it.
+    let longest = vocab.keys().map(String::len).max()?;
+    whole.then_some(longest * shrinks)
+}
+
+/// The steps of a sequence, or the one, or none.
+fn flat<'a>(step: &'a Json, list: &str) -> Vec<&'a Json> {
+    match step[list].as_array() {
+        Some(steps) => steps.iter().flat_map(|step| flat(step, list)).collect(),
+        None if step.is_null() => Vec::new(),
+        None => vec![step],
     }
 }
 
@@ -148,6 +230,18 @@ pub(crate) mod tests {
         let ids = tokenizer.encode("a😀b", false).expect("ids");
         assert_eq!(ids.len(), 6);
         assert_eq!(pieces(&tokenizer, &ids), ["a", "", "", "", "😀", "b", ""]);
+    }
+
+    #[test]
+    fn what_a_token_can_stand_for_is_bounded_where_nothing_vanishes() {
+        assert_eq!(bytes_tokenizer().most_bytes(), Some(4), "</s>");
+        let words = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"},
+        });
+        let words = Tokenizer::from_json(words.to_string().as_bytes()).expect("a tokenizer");
+        assert_eq!(words.most_bytes(), None, "an unknown word may be of any length");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! closes and `--exit-with-parent` ends it. It is in a process group of its own, so that Ctrl-C reaches us alone and
 //! requests can finish.
 
+use std::io::Write;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -179,14 +180,15 @@ async fn listening(lines: &mut Lines<BufReader<ChildStdout>>) -> Option<String> 
         if let Some(address) = line.strip_prefix(LISTENING) {
             return Some(address.trim().to_owned());
         }
-        eprintln!("{line}");
+        let _ = writeln!(std::io::stderr(), "{line}");
     }
     None
 }
 
 async fn pass_through<R: AsyncRead + Unpin>(name: String, mut lines: Lines<BufReader<R>>) {
     while let Ok(Some(line)) = lines.next_line().await {
-        eprintln!("[{name}] {line}");
+        // Nobody may be there to read it: the worker is to go on all the same.
+        let _ = writeln!(std::io::stderr(), "[{name}] {line}");
     }
 }
 

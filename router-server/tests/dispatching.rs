@@ -193,3 +193,28 @@ async fn a_lie_is_told_to_the_link_and_old_seats_are_void() {
     assert_eq!((key.row.request, key.attempt), (RequestId(1), 1), "the row moved");
     assert_eq!(pool.state.members(), 1);
 }
+
+#[tokio::test]
+async fn cancels_of_one_moment_are_one_message() {
+    let pool = Pool::start();
+    let mut worker = pool.join(100).await;
+    let mut updates = Vec::new();
+    for request in 1..=8 {
+        updates.push(pool.arrive(request, 100).await);
+    }
+    let (answer, loads) = oneshot::channel();
+    pool.commands.send(Command::Loads(answer)).await.unwrap();
+    let loads = loads.await.unwrap();
+    assert_eq!(loads.iter().map(|load| load.batch_size).sum::<u64>(), 8);
+    // Nothing is awaited here, so the dispatcher finds them together.
+    for request in 1..=8 {
+        pool.commands.try_send(Command::Cancel(RequestId(request))).unwrap();
+    }
+    let mut dropped = Vec::new();
+    while let Ok(Some(message)) = timeout(Duration::from_millis(200), worker.messages.recv()).await {
+        if let Body::Drop(drop) = message {
+            dropped.push(drop.rows.len());
+        }
+    }
+    assert_eq!(dropped, [8]);
+}

@@ -123,6 +123,37 @@ fn half_a_hash(heard: &Heard) -> Vec<Body> {
     vec![Body::KvDelta(proto::KvDelta { stored_le_u64: vec![0; 9].into(), ..Default::default() })]
 }
 
+/// Ends every row with its first token, for this reason.
+fn ends(heard: &Heard, reason: proto::FinishReason) -> Vec<Body> {
+    let Heard::Plan(plan) = heard else { return civil(heard) };
+    let rows = plan.add.iter().map(|start| proto::RowTokens {
+        row: start.row,
+        ids: vec![5],
+        finish: reason.into(),
+        ..Default::default()
+    });
+    vec![Body::Step(proto::Step { batch: plan.plan_no, step: 1, rows: rows.collect() })]
+}
+
+fn cancels_by_itself(heard: &Heard) -> Vec<Body> {
+    ends(heard, proto::FinishReason::Cancelled)
+}
+
+fn ends_for_length_too_soon(heard: &Heard) -> Vec<Body> {
+    ends(heard, proto::FinishReason::Length)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_that_nobody_asked_for_is_the_workers_failure() {
+    for script in [cancels_by_itself, ends_for_length_too_soon] {
+        let url = scripted(info(), 7, script).await;
+        let router = Router::start(&[&url], config()).await;
+        router.until(|all| all[0].state() == State::Ready).await;
+        let answer = router.post("/v1/completions", &json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 8})).await;
+        assert_eq!((answer.status, answer.code()), (502, json!("worker_failed")), "{}", answer.body);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn lies_cost_the_worker_its_place() {
     for script in [a_token_that_does_not_exist, more_tokens_than_asked, a_batch_that_does_not_run, half_a_hash] {

@@ -298,3 +298,86 @@ async fn a_worker_that_stops_says_goodbye_and_another_takes_its_place() {
     }
     router.until(|all| all[0].state() == State::Connecting && all[1].state() == State::Ready).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_routers_do_not_fight_over_a_worker() {
+    let worker = Worker::start("").await;
+    let first = Router::over(&[&worker], config()).await;
+    let second = Router::over(&[&worker], config()).await;
+    first.until(|all| all[0].state() == State::Refused && all[0].detail.contains("another router")).await;
+    assert!(first.workers().await[0].detail.contains("every 30 s"));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(second.complete(&[5], 3).await, drawn(&[5], 3));
+    assert_eq!(first.workers().await[0].state(), State::Refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_waits_for_nobody_who_does_not_generate() {
+    use tokio::io::AsyncWriteExt;
+    let worker = Worker::start("").await;
+    let mut router = Router::over(&[&worker], config()).await;
+    let mut held = Vec::new();
+    for (to, said) in [
+        (router.grpc, ""),
+        (router.http, ""),
+        (router.http, "GET /hea"),
+        (router.http, "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{"),
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(to).await.unwrap();
+        stream.write_all(said.as_bytes()).await.unwrap();
+        held.push(stream);
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    router.stop.take().unwrap().send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(3), router.task).await.expect("it ends").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_pipelined_and_left_frees_its_row() {
+    use tokio::io::AsyncWriteExt;
+    let worker = Worker::start("--step-us 5000").await;
+    let router = Router::over(&[&worker], config()).await;
+    let body = json!({"model": "tiny", "prompt": [5], "max_tokens": 8000}).to_string();
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    let mut stream = tokio::net::TcpStream::connect(router.http).await.unwrap();
+    stream.write_all(format!("{head}GET /health HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+    router.until(|all| all[0].batch_size == 1).await;
+    drop(stream);
+    tokio::time::timeout(Duration::from_secs(5), router.until_drained()).await.expect("the row is freed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_never_fit_is_refused_unread_and_defaults_give_way() {
+    let worker = Worker::start("--max-context 100 --blocks 64").await;
+    let router = Router::over(&[&worker], config()).await;
+    let text = "a ".repeat(500_000);
+    let began = std::time::Instant::now();
+    for (path, body) in [
+        ("/v1/completions", json!({"model": "tiny", "prompt": text})),
+        ("/v1/chat/completions", json!({"model": "tiny", "messages": [{"role": "user", "content": text}]})),
+    ] {
+        let answer = router.post(path, &body).await;
+        assert_eq!((answer.status, answer.code()), (400, json!("context_length_exceeded")), "{}", answer.body);
+        assert!(answer.body.contains("bytes"), "{}", answer.body);
+    }
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    // The default of 16 tokens is ours.
+    let answer = router.post("/v1/completions", &json!({"model": "tiny", "prompt": vec![5; 99]})).await;
+    assert_eq!(answer.json()["usage"]["completion_tokens"], 1, "{}", answer.body);
+    let asked = json!({"model": "tiny", "prompt": [5], "max_completion_tokens": 200});
+    assert_eq!(router.post("/v1/completions", &asked).await.param(), json!("max_completion_tokens"));
+    let answer = router.get("/v1/models/%ff").await;
+    assert_eq!((answer.status, answer.param()), (400, json!("model")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packed_bodies_are_refused_by_name() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let router = Router::start(&["grpc://127.0.0.1:9"], config()).await;
+    let mut stream = tokio::net::TcpStream::connect(router.http).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-encoding: gzip\r\n";
+    stream.write_all(format!("{head}content-length: 2\r\n\r\n{{}}").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 415") && answer.contains("gzip"), "{answer}");
+}

@@ -96,6 +96,13 @@ pub struct MockArgs {
     pub exit_with_parent: bool,
 }
 
+/// Whether a worker can be made of these flags, asked before anything listens.
+pub fn check(args: &MockArgs) -> Result<(), String> {
+    let files = read_files(args.tokenizer.as_deref())?;
+    crate::convert::worker_spec(&announcement(args, &files)).map_err(|error| error.to_string())?;
+    Ok(())
+}
+
 /// Serves until `shutdown`.
 pub async fn serve(args: &MockArgs, listener: TcpListener, shutdown: impl Future<Output = ()>) -> Result<(), String> {
     let files = read_files(args.tokenizer.as_deref())?;
