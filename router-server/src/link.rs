@@ -34,7 +34,9 @@ const CONNECT: Duration = Duration::from_secs(2);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// Its engine must answer ours. It does so between iterations, and a long prefill on a small machine takes seconds, so
 /// this is a watch against hanging, not against dying.
-const SILENCE: Duration = Duration::from_secs(10);
+const SILENCE: Duration = Duration::from_secs(60);
+/// A session that lived this long did not fail at its start.
+const HEALTHY: Duration = Duration::from_secs(10);
 const PING: Duration = Duration::from_millis(500);
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 /// A router that was displaced does not take the worker back while the other may live: two of them would take it from
@@ -70,7 +72,7 @@ pub async fn run(link: Arc<Link>, fleet: Arc<Fleet>) {
         let ended = session(&link, &fleet, &mut opened).await;
         link.tried();
         // A session that breaks at once is no reason for haste.
-        if opened && began.elapsed() > SILENCE {
+        if opened && began.elapsed() > HEALTHY {
             backoff = BACKOFF[0];
             refused = REFUSED[0];
         }
