@@ -25,6 +25,7 @@ setup:
 	@tools/setup.sh test
 
 build: ## the router, and both Python packages into .venv
+	@tools/setup.sh run
 	@echo "==> cargo build (the first time takes some minutes)"
 	@cargo build --quiet -p router-server
 	@echo "==> Python packages scls-router and scls-worker into .venv"
