@@ -154,6 +154,15 @@ class Router(Process):
             assert time.monotonic() < deadline, f"not drained: { {k: v for k, v in left.items() if v} }"
             time.sleep(0.05)
 
+    def admin(self, path: str) -> Any:
+        host, port = self.addresses["admin"].split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+        try:
+            connection.request("GET", path)
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
     def connect(self, timeout: float = 60) -> http.client.HTTPConnection:
         host, port = self.addresses["http"].split(":")
         return http.client.HTTPConnection(host, int(port), timeout=timeout)

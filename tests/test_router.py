@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
 import socket
@@ -99,11 +98,7 @@ def test_every_decision_recomputes(pair: tuple[Router, list[RustMock]]) -> None:
     router, _ = pair
     for i in range(20):
         completion(router, prompt(i % 5, 100 + 20 * i), 3)
-    host, port = router.addresses["admin"].split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=10)
-    connection.request("GET", "/decisions")
-    decisions = json.loads(connection.getresponse().read())["decisions"]
-    connection.close()
+    decisions = router.admin("/decisions")["decisions"]
     assert len(decisions) >= 20
     for decision in decisions:
         assert decision["recomputed"] == decision["worker"]
@@ -377,7 +372,7 @@ def test_a_worker_that_does_not_fit_the_pool_is_refused_with_the_difference() ->
         with Router([good.url, *(o.url for o in others)], ready=1) as router:
             deadline = time.monotonic() + 10
             while True:
-                workers = json.loads(router.request("GET", "/ready")[2])["workers"]
+                workers = router.admin("/workers")["workers"]
                 refused = sorted(w["detail"] for w in workers if w["state"] == "refused")
                 if len(refused) == 2:
                     break
@@ -396,7 +391,7 @@ def test_a_worker_that_does_not_answer_harms_nobody() -> None:
         url = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
         with Router([url, good.url], ready=1) as router:
             assert completion(router, [5], 2)["choices"][0]["token_ids"] == mock_answer([5], 2)
-            workers = json.loads(router.request("GET", "/ready")[2])["workers"]
+            workers = router.admin("/workers")["workers"]
             assert sorted(w["state"] for w in workers) == ["connecting", "ready"]
 
 

@@ -122,17 +122,15 @@ async fn echo_request_id(request: Request, next: Next) -> Response {
 }
 
 /// 200 once a worker takes requests; all workers either way, so that one sees what is missing.
+/// Whether requests are taken. Addresses and loads of workers are for the admin listener.
 async fn ready(State(app): State<Arc<App>>) -> Response {
-    let workers = list_workers(&app).await;
     if app.is_ready() {
-        return Json(json!({"ready": true, "workers": workers})).into_response();
+        Json(json!({"ready": true})).into_response()
+    } else if app.is_draining() {
+        Error::Draining.into_response()
+    } else {
+        Error::NoWorker.into_response()
     }
-    let error = if app.is_draining() { Error::Draining } else { Error::NoWorker };
-    let mut body = error.body();
-    body["ready"] = false.into();
-    body["workers"] = workers;
-    let retry = error.retry_after().unwrap_or(1);
-    (error.status(), [(header::RETRY_AFTER, HeaderValue::from(retry))], Json(body)).into_response()
 }
 
 async fn workers(State(app): State<Arc<App>>) -> Json<Value> {

@@ -135,7 +135,7 @@ impl Scheduler {
         let Some(row) = self.rows.get_mut(&id) else { return };
         row.losses += u32::from(ran);
         if row.losses >= MAX_LOSSES {
-            let why = format!("{why}, for the {MAX_LOSSES}nd time");
+            let why = format!("{why}, which makes {MAX_LOSSES} times");
             self.finish(id, FinishReason::Error, Some(why), actions);
         }
     }
