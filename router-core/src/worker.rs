@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::block::BlockHash;
 use crate::cost::Rates;
+use crate::event::Refusal;
 use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
 use crate::units::{Blocks, Micros, Tokens};
@@ -84,6 +85,21 @@ impl Worker {
     pub(crate) fn next_plan(&mut self) -> PlanNo {
         self.last_plan = PlanNo(self.last_plan.0 + 1);
         self.last_plan
+    }
+
+    /// The batch that a refused plan would have formed, and with it the plans that can start no more.
+    pub(crate) fn take_refused(&mut self, plan: PlanNo, reason: Refusal) -> Option<Batch> {
+        if self.running.as_ref().is_some_and(|batch| batch.no == plan) {
+            self.sent.retain(|batch| batch.base != plan);
+            return self.running.take();
+        }
+        let at = self.sent.iter().position(|batch| batch.no == plan)?;
+        match reason {
+            // refused as it came: what stood before still stands
+            Refusal::Stale | Refusal::Unsupported => Some(self.sent.remove(at)),
+            // refused at its start: it had replaced all before it
+            Refusal::NoMemory | Refusal::TooManyRows | Refusal::UnknownRow => self.sent.drain(..=at).next_back(),
+        }
     }
 
     pub(crate) fn runs(&self, key: RowKey) -> Option<&Member> {

@@ -267,22 +267,12 @@ impl Scheduler {
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let ran = worker.running.as_ref().is_some_and(|batch| batch.no == plan);
-        let batch = if ran {
+        if ran {
             for chain in std::mem::take(&mut worker.unconfirmed) {
                 self.index.take_back(id, &chain);
             }
-            worker.sent.retain(|batch| batch.base != plan);
-            worker.running.take()
-        } else {
-            let at = worker.sent.iter().position(|batch| batch.no == plan);
-            at.and_then(|at| match reason {
-                // refused as it came: what stood before still stands
-                Refusal::Stale | Refusal::Unsupported => Some(worker.sent.remove(at)),
-                // refused at its start: it had replaced all before it
-                _ => worker.sent.drain(..=at).next_back(),
-            })
-        };
-        let Some(batch) = batch else { return };
+        }
+        let Some(batch) = worker.take_refused(plan, reason) else { return };
         worker.dirty = true;
         worker.fruitless += 1;
         if worker.fruitless > MOST_FRUITLESS {
@@ -311,13 +301,34 @@ impl Scheduler {
                 home.known = false;
             }
         }
+        self.blame(id, &batch, reason, rows, detail, actions);
+        // of several plans on their way to an idle worker the next one starts instead
+        if let Some(worker) = self.workers.get_mut(&id)
+            && worker.running.is_none()
+            && let Some(at) = worker.sent.iter().position(|batch| batch.base == worker.last_ended)
+        {
+            let next = worker.sent.remove(at);
+            self.started(id, next, actions);
+        }
+    }
+
+    /// Which rows pay for a refusal: those it names, or all of a batch that cannot be made smaller.
+    fn blame(
+        &mut self,
+        id: WorkerId,
+        batch: &Batch,
+        reason: Refusal,
+        rows: &[RowKey],
+        detail: &str,
+        actions: &mut Vec<Action>,
+    ) {
         match reason {
             Refusal::Stale | Refusal::UnknownRow => {}
             Refusal::Unsupported => {
                 let named = if rows.is_empty() { &batch.added } else { rows };
                 if named.is_empty() {
                     // no row is at fault, so the same plan would be refused for ever
-                    actions.push(Action::Quarantine(id, format!("it refused plan {plan}: {detail}")));
+                    actions.push(Action::Quarantine(id, format!("it refused plan {}: {detail}", batch.no)));
                 }
                 for key in named {
                     if self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)) {
@@ -329,23 +340,17 @@ impl Scheduler {
             }
             Refusal::NoMemory | Refusal::TooManyRows if batch.members.len() > 1 => {
                 // its ceilings and ours disagree: half as many rows until a batch runs
-                worker.cap = Some(batch.members.len() / 2);
+                if let Some(worker) = self.workers.get_mut(&id) {
+                    worker.cap = Some(batch.members.len() / 2);
+                }
             }
             Refusal::NoMemory | Refusal::TooManyRows => {
-                for member in batch.members {
+                for member in &batch.members {
                     self.drop_at_worker(member.key.row, actions);
                     let why = format!("the worker refused it alone: {detail}");
                     self.finish(member.key.row, FinishReason::Error, Some(why), actions);
                 }
             }
-        }
-        // of several plans on their way to an idle worker the next one starts instead
-        if let Some(worker) = self.workers.get_mut(&id)
-            && worker.running.is_none()
-            && let Some(at) = worker.sent.iter().position(|batch| batch.base == worker.last_ended)
-        {
-            let next = worker.sent.remove(at);
-            self.started(id, next, actions);
         }
     }
 }
