@@ -15,8 +15,8 @@ fn binary() -> Command {
     command
 }
 
-/// A router with these workers, and its HTTP address.
-fn serving(urls: &str) -> (Child, String) {
+/// A router with these workers, and its HTTP and admin addresses.
+fn serving(urls: &str) -> (Child, String, String) {
     let mut child = binary()
         .args(["serve", "--port", "0", "--grpc-port", "0", "--admin-port", "0", "--log-level", "debug"])
         .env("SCLS_ROUTER_WORKER_URLS", urls)
@@ -24,11 +24,9 @@ fn serving(urls: &str) -> (Child, String) {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let http = lines.next().unwrap().unwrap().rsplit(' ').next().unwrap().to_owned();
-    for _ in 0..2 {
-        lines.next().unwrap().unwrap();
-    }
-    (child, http)
+    let mut address = || lines.next().unwrap().unwrap().rsplit(' ').next().unwrap().to_owned();
+    let (http, _grpc, admin) = (address(), address(), address());
+    (child, http, admin)
 }
 
 /// Its exit code, or none if it does not end in time.
@@ -52,14 +50,17 @@ fn ended(child: &mut Child, within: Duration) -> Option<i32> {
 
 #[test]
 fn it_serves_on_when_nobody_reads_its_log() {
-    let (mut child, http) = serving(" grpc://127.0.0.1:9  grpc://no-such-host.invalid:9 ");
+    let (mut child, http, admin) = serving(" grpc://127.0.0.1:9  grpc://no-such-host.invalid:9 ");
     drop(child.stderr.take());
+    let get = |address: &str, path: &str| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        std::io::read_to_string(stream).unwrap()
+    };
     for _ in 0..3 {
         std::thread::sleep(Duration::from_millis(100));
-        let mut stream = TcpStream::connect(&http).unwrap();
-        stream.write_all(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-        let answer = std::io::read_to_string(stream).unwrap();
-        assert!(answer.starts_with("HTTP/1.1 503") && answer.matches("\"url\"").count() == 2, "{answer}");
+        assert!(get(&http, "/ready").starts_with("HTTP/1.1 503"));
+        assert_eq!(get(&admin, "/workers").matches("\"url\"").count(), 2);
     }
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(ended(&mut child, Duration::from_secs(5)), Some(0));
@@ -85,7 +86,7 @@ fn a_second_signal_does_not_wait() {
     let mut worker = binary().args(["mock-worker", "--step-us", "5000"]).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(worker.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let (mut child, http) = serving(&format!("grpc://{}", line.trim().rsplit(' ').next().unwrap()));
+    let (mut child, http, _admin) = serving(&format!("grpc://{}", line.trim().rsplit(' ').next().unwrap()));
     // Its log is not of interest, and must not fill the pipe.
     drop(child.stderr.take());
     let ask = |head: &str, body: &str| {
