@@ -112,6 +112,7 @@ fn response(request_id: &str, piece: Piece) -> GenerateResponse {
         text: piece.text,
         finish: finish.into(),
         usage: piece.end.map(|end| usage(&end)),
+        logprobs: Vec::new(),
     }
 }
 

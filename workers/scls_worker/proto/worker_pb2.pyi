@@ -224,20 +224,10 @@ class RowTokens(_message.Message):
     row: _common_pb2.RowId
     first_index: int
     ids: _containers.RepeatedScalarFieldContainer[int]
-    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     finish: _common_pb2.FinishReason
     cached_tokens: int
-    def __init__(self, row: _Optional[_Union[_common_pb2.RowId, _Mapping]] = ..., first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
-
-class TokenLogprobs(_message.Message):
-    __slots__ = ("chosen", "top_ids", "top")
-    CHOSEN_FIELD_NUMBER: _ClassVar[int]
-    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
-    TOP_FIELD_NUMBER: _ClassVar[int]
-    chosen: float
-    top_ids: _containers.RepeatedScalarFieldContainer[int]
-    top: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, chosen: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, row: _Optional[_Union[_common_pb2.RowId, _Mapping]] = ..., first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SliceReport(_message.Message):
     __slots__ = ("batch", "end", "steps", "rows", "prefill_us", "decode_us", "queue_us", "peak_blocks", "next_batch", "error", "idle_us")
