@@ -120,10 +120,21 @@ pub struct RowTokens {
     pub first_index: u32,
     /// Drawn ids.
     pub ids: Vec<u32>,
+    /// One for each id where the row asks for them, else none.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Set when the row ended.
     pub finish: Option<FinishReason>,
     /// Prompt tokens found in the cache; comes with the first token.
     pub cached: Option<Tokens>,
+}
+
+/// How likely a drawn token and its rivals were to the model, in natural logarithms. The core passes it on, unread.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the drawn token.
+    pub chosen: f32,
+    /// The most likely ids and theirs, best first; as many as the row asks for.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// The end of a batch. The core decides by `next`, the rows and the times; `end`, `steps`, `peak` and `idle` are for metrics.
@@ -232,6 +243,8 @@ pub enum Action {
         first_index: u32,
         /// Ids.
         ids: Vec<u32>,
+        /// One for each id, or none.
+        logprobs: Vec<TokenLogprobs>,
     },
     /// The row ended; exactly once a row.
     Finish(RowId, RowEnd),

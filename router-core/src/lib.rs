@@ -21,7 +21,7 @@ pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use decision::Decision;
 pub use event::{
     Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart,
-    RowTokens, SliceReport, WorkerMessage,
+    RowTokens, SliceReport, TokenLogprobs, WorkerMessage,
 };
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};

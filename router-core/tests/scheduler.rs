@@ -5,7 +5,7 @@ use std::sync::Arc;
 use router_core::{
     Action, BatchEnd, BlockHash, BlockSize, Blocks, Config, Epoch, Event, FinishReason, Keep, Micros, ModelSpec,
     NewRequest, Plan, PlanNo, PolicyName, Refusal, RequestId, RowId, RowKey, RowReport, RowTokens, Scheduler,
-    SliceReport, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 const W: WorkerId = WorkerId(0);
@@ -55,8 +55,10 @@ impl Pool {
         self.event(Event::RequestArrived(NewRequest { id, prompt, root, choices: 1, max_tokens: Tokens(10) }))
     }
 
+    /// With logprobs that tell the ids.
     fn draws(&mut self, key: RowKey, first_index: u32, ids: &[u32]) -> Vec<Action> {
-        let rows = vec![RowTokens { key, first_index, ids: ids.to_vec(), finish: None, cached: None }];
+        let logprobs = ids.iter().map(|id| TokenLogprobs { chosen: -(*id as f32), top: Vec::new() }).collect();
+        let rows = vec![RowTokens { key, first_index, ids: ids.to_vec(), logprobs, finish: None, cached: None }];
         self.says(WorkerMessage::Steps { batch: PlanNo(1), rows })
     }
 
@@ -159,7 +161,8 @@ fn what_arrives_twice_or_late_changes_nothing() {
         |a| matches!(a, Action::Tokens { first_index: 0, ids, .. } if ids == &[5, 6])
     ));
     let again = pool.draws(key(1, 0), 0, &[5, 6, 7]);
-    assert!(has(&again, |a| matches!(a, Action::Tokens { first_index: 2, ids, .. } if ids == &[7])));
+    assert!(has(&again, |a| matches!(a, Action::Tokens { first_index: 2, ids, logprobs, .. }
+        if ids == &[7] && logprobs.len() == 1 && logprobs[0].chosen == -7.0)));
     assert!(pool.draws(key(1, 7), 3, &[8]).is_empty(), "of another attempt");
     assert!(pool.draws(key(9, 0), 0, &[8]).is_empty(), "of nobody");
     let old = WorkerMessage::KvDelta { removed: vec![], stored: vec![BlockHash(1)] };

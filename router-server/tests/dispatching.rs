@@ -106,7 +106,7 @@ impl Worker {
     }
 
     async fn draw(&mut self, key: RowKey, first_index: u32) {
-        let row = RowTokens { key, first_index, ids: vec![7], finish: None, cached: None };
+        let row = RowTokens { key, first_index, ids: vec![7], logprobs: Vec::new(), finish: None, cached: None };
         self.say(WorkerMessage::Steps { batch: PlanNo(1), rows: vec![row] }).await;
     }
 
@@ -180,7 +180,7 @@ async fn a_lie_is_told_to_the_link_and_old_seats_are_void() {
     let mut worker = pool.join(100).await;
     let _updates = pool.arrive(1, 100).await;
     let key = worker.row().await;
-    let row = RowTokens { key, first_index: 0, ids: vec![7; 2000], finish: None, cached: None };
+    let row = RowTokens { key, first_index: 0, ids: vec![7; 2000], logprobs: Vec::new(), finish: None, cached: None };
     worker.say(WorkerMessage::Steps { batch: PlanNo(1), rows: vec![row] }).await;
     let why = timeout(SOON, &mut worker.fate).await.unwrap().unwrap();
     assert!(!why.is_empty());
@@ -208,7 +208,7 @@ async fn cancels_of_one_moment_are_one_message() {
     assert_eq!(loads.iter().map(|load| load.batch_size).sum::<u64>(), 8);
     // Nothing is awaited here, so the dispatcher finds them together.
     for request in 1..=8 {
-        pool.commands.try_send(Command::Cancel(RequestId(request))).unwrap();
+        pool.commands.try_send(Command::Cancel(RequestId(request), None)).unwrap();
     }
     let mut dropped = Vec::new();
     while let Ok(Some(message)) = timeout(Duration::from_millis(200), worker.messages.recv()).await {

@@ -10,7 +10,7 @@ use router_core::{
 };
 
 use crate::timing::Timing;
-use crate::worker::{Command, SliceWorker};
+use crate::worker::{Command, SliceWorker, Terms};
 
 enum Happening {
     Router(Event),
@@ -257,12 +257,18 @@ impl Simulation {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Plan(id, plan) => self.send(id, Command::Plan(plan, Vec::new())),
+            Action::Plan(id, plan) => {
+                let terms = plan.add.iter().map(|row| (row.key, Terms { logprobs: Some(1), ..Terms::default() }));
+                let terms = terms.collect();
+                self.send(id, Command::Plan(plan, terms));
+            }
             Action::Drop(id, rows) => self.send(id, Command::Drop(rows)),
             Action::Resync(id) => self.send(id, Command::Resync),
             Action::Quarantine(id, why) => self.outcome.quarantined.push(format!("{id}: {why}")),
             Action::Placed(..) => {}
-            Action::Tokens { row, first_index, ids } => {
+            Action::Tokens { row, first_index, ids, logprobs } => {
+                let of: Vec<u32> = logprobs.iter().filter_map(|logprobs| Some(logprobs.top.first()?.0)).collect();
+                assert_eq!(ids, of, "{row}: logprobs of other tokens");
                 let outcome = outcome(&mut self.outcome, row);
                 assert_eq!(outcome.tokens.len(), first_index as usize, "{row}: tokens out of order");
                 outcome.first.get_or_insert(self.now);

@@ -9,4 +9,4 @@ mod worker;
 
 pub use driver::{Outcome, RowOutcome, Simulation, WorkerOutcome};
 pub use timing::Timing;
-pub use worker::{Command, SliceWorker, Stop, next_token};
+pub use worker::{Command, SliceWorker, Terms, next_token};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use hashbrown::{HashMap, HashSet};
 use router_core::{
     BatchEnd, BlockHash, BlockSize, Blocks, FinishReason, Keep, Micros, Plan, PlanNo, Refusal, RowKey, RowReport,
-    RowStart, RowTokens, SliceReport, Tokens, WorkerMessage, WorkerSpec, hash_blocks,
+    RowStart, RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerMessage, WorkerSpec, hash_blocks,
 };
 
 use crate::kv::{KvPool, RowBlocks};
@@ -21,13 +21,24 @@ pub fn next_token(previous: u32, position: usize, vocab: u32) -> u32 {
     3 + ((x ^ (x >> 31)) % u64::from(vocab.max(4) - 3)) as u32
 }
 
-/// When a row ends before its limit.
+/// What a row asks for beyond what the core knows of it.
 #[derive(Clone, Debug, Default)]
-pub struct Stop {
+pub struct Terms {
     /// Ids that end it, from index `min_tokens` on.
-    pub ids: Vec<u32>,
+    pub stop_ids: Vec<u32>,
     /// Tokens it draws at least.
     pub min_tokens: u32,
+    /// Logprobs of its tokens, with so many of the most likely ids.
+    pub logprobs: Option<u32>,
+}
+
+/// There is no model, so likelihoods are made up: of rank r, from 0, is the id r above the drawn one, half as likely as
+/// the one before it.
+fn made_up_logprobs(id: u32, top: u32, vocab: u32) -> TokenLogprobs {
+    let of_rank = |rank: u32| -(rank as f32 + 1.0) * std::f32::consts::LN_2;
+    let id_of_rank = |rank: u32| (u64::from(id) + u64::from(rank)) % u64::from(vocab);
+    let top = (0..top.min(vocab)).map(|rank| (id_of_rank(rank) as u32, of_rank(rank))).collect();
+    TokenLogprobs { chosen: of_rank(0), top }
 }
 
 /// A message of the router.
@@ -35,8 +46,8 @@ pub struct Stop {
 pub enum Command {
     /// A session begins: rows of the one before are gone.
     Hello,
-    /// The next batch; stops of its new rows, where they have any.
-    Plan(Plan, Vec<(RowKey, Stop)>),
+    /// The next batch; terms of its new rows, where they have any.
+    Plan(Plan, Vec<(RowKey, Terms)>),
     /// End this batch at the next step boundary, or after this step if that is later.
     Cut(PlanNo, Option<u32>),
     /// End these rows.
@@ -53,7 +64,7 @@ struct Row {
     tokens: Vec<u32>,
     prompt: usize,
     max_tokens: usize,
-    stop: Stop,
+    terms: Terms,
     rank: u64,
     blocks: RowBlocks,
     /// Names of its whole blocks as far as they were needed.
@@ -113,7 +124,7 @@ pub struct SliceWorker {
     kv: KvPool,
     rows: HashMap<RowKey, Row>,
     running: Option<Batch>,
-    standing: Option<(Plan, Vec<(RowKey, Stop)>)>,
+    standing: Option<(Plan, Vec<(RowKey, Terms)>)>,
     last_ended: PlanNo,
     ended_at: Option<Micros>,
     /// Rows of the last batch that did not finish, in its order.
@@ -189,7 +200,7 @@ impl SliceWorker {
                 self.deltas(out);
                 self.snapshot(out);
             }
-            Command::Plan(plan, stops) => self.planned(now, plan, stops, out),
+            Command::Plan(plan, terms) => self.planned(now, plan, terms, out),
             Command::Cut(batch, after) => {
                 if let Some(running) = self.running.as_mut().filter(|running| running.no == batch) {
                     running.cut = Some(after.unwrap_or(0));
@@ -236,7 +247,7 @@ impl SliceWorker {
 
     // ---------------------------------------------------------------- plans
 
-    fn planned(&mut self, now: Micros, plan: Plan, stops: Vec<(RowKey, Stop)>, out: &mut Vec<WorkerMessage>) {
+    fn planned(&mut self, now: Micros, plan: Plan, terms: Vec<(RowKey, Terms)>, out: &mut Vec<WorkerMessage>) {
         if plan.steps == 0 {
             return refuse(plan.no, Refusal::Unsupported, Vec::new(), "steps".into(), out);
         }
@@ -246,9 +257,9 @@ impl SliceWorker {
         let base_runs = self.running.as_ref().is_some_and(|batch| batch.no == plan.base);
         let newer = self.standing.as_ref().is_none_or(|(standing, _)| standing.no < plan.no);
         if base_runs && newer {
-            self.standing = Some((plan, stops));
+            self.standing = Some((plan, terms));
         } else if self.running.is_none() && plan.base == self.last_ended {
-            self.start(now, plan, stops, out);
+            self.start(now, plan, terms, out);
             self.advance(now, out);
         } else {
             refuse(plan.no, Refusal::Stale, Vec::new(), format!("base {} does not run", plan.base), out);
@@ -264,7 +275,7 @@ impl SliceWorker {
     }
 
     /// Starts a plan, or refuses it. `true` where a batch runs now.
-    fn start(&mut self, now: Micros, plan: Plan, stops: Vec<(RowKey, Stop)>, out: &mut Vec<WorkerMessage>) -> bool {
+    fn start(&mut self, now: Micros, plan: Plan, terms: Vec<(RowKey, Terms)>, out: &mut Vec<WorkerMessage>) -> bool {
         let mut members = match &plan.keep {
             Keep::List(list) => {
                 let unknown: Vec<RowKey> =
@@ -302,7 +313,7 @@ impl SliceWorker {
                 row.rank = *rank;
             }
         }
-        let mut stops: HashMap<RowKey, Stop> = stops.into_iter().collect();
+        let mut terms: HashMap<RowKey, Terms> = terms.into_iter().collect();
         for start in plan.add {
             members.push(start.key);
             let prompt = start.prompt.len();
@@ -313,7 +324,7 @@ impl SliceWorker {
                 tokens,
                 prompt,
                 max_tokens: start.max_tokens.0 as usize,
-                stop: stops.remove(&start.key).unwrap_or_default(),
+                terms: terms.remove(&start.key).unwrap_or_default(),
                 rank: start.hold_rank,
                 blocks: RowBlocks::default(),
                 chain: Vec::new(),
@@ -481,14 +492,16 @@ impl SliceWorker {
             report.emitted += Tokens(1);
             let cached = (!row.drew).then_some(Tokens(row.hit.min(row.prompt) as u64));
             row.drew = true;
-            let stops = row.stop.ids.contains(&id) && first_index >= row.stop.min_tokens;
+            let stops = row.terms.stop_ids.contains(&id) && first_index >= row.terms.min_tokens;
             let finish = if stops {
                 Some(FinishReason::Stop)
             } else {
                 (row.output() >= row.max_tokens).then_some(FinishReason::Length)
             };
             report.finish = finish;
-            drawn.push(RowTokens { key, first_index, ids: vec![id], finish, cached });
+            let asked = row.terms.logprobs.iter();
+            let logprobs = asked.map(|top| made_up_logprobs(id, *top, self.spec.model.vocab)).collect();
+            drawn.push(RowTokens { key, first_index, ids: vec![id], logprobs, finish, cached });
             if finish.is_some() {
                 report.held = false;
                 batch.rows.retain(|k| *k != key);
@@ -517,9 +530,9 @@ impl SliceWorker {
         }
         self.survivors = batch.rows;
         let started = match self.standing.take() {
-            Some((plan, stops)) if plan.base == batch.no => {
+            Some((plan, terms)) if plan.base == batch.no => {
                 let no = plan.no;
-                self.start(now, plan, stops, out).then_some(no)
+                self.start(now, plan, terms, out).then_some(no)
             }
             _ => None,
         };

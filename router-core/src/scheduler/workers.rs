@@ -125,6 +125,8 @@ impl Scheduler {
             return self.lose(id, true, "its tokens were lost", actions);
         };
         let ids: Vec<u32> = drawn.ids.iter().skip(skip).copied().collect();
+        // they are beside the ids, if they are there at all
+        let logprobs = drawn.logprobs.iter().skip(skip).cloned().collect();
         let (ids_len, row_limit) = (ids.len(), row.max_tokens.0 as usize);
         if have + ids_len > row_limit || ids.iter().any(|id| *id >= self.model.vocab) {
             let why = format!("it sent a token past the limit or outside the vocabulary for {}", drawn.key);
@@ -142,7 +144,7 @@ impl Scheduler {
                     worker.queued = worker.queued.saturating_sub(prefill);
                 }
             }
-            actions.push(Action::Tokens { row: id, first_index: have as u32, ids });
+            actions.push(Action::Tokens { row: id, first_index: have as u32, ids, logprobs });
         }
         // at its limit it has ended, whether the worker says so or not
         let at_limit = have + ids_len == row_limit;
