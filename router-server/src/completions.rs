@@ -19,9 +19,10 @@ use tokio::time::Instant;
 use crate::answer::{Answer, Kind};
 use crate::body::read;
 use crate::error::Error;
-use crate::generation::{End, Generation, Job};
+use crate::generation::{Finish, Generation, Job, Piece};
 use crate::http::App;
 use crate::meter::Meter;
+use crate::output::Given;
 use crate::pool::Pool;
 use crate::prompt::Prompt;
 use crate::proto;
@@ -77,11 +78,8 @@ fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
     Job {
         model,
         prompt: prompt.into(),
-        sampling: proto::Sampling {
-            temperature: params.temperature,
-            seed: params.seed.unwrap_or_else(random),
-            ..proto::Sampling::default()
-        },
+        n: params.n,
+        sampling: proto::Sampling { seed: params.seed.unwrap_or_else(random), ..params.sampling.clone() },
         limits: proto::Limits {
             max_tokens: most,
             min_tokens: params.min_tokens,
@@ -115,9 +113,12 @@ fn start(pool: &Pool, kind: Kind, job: Job, params: &Params, arrived: Instant) -
         kind,
         id: format!("{prefix}-{}", random_id()),
         model: job.model.clone(),
+        fingerprint: pool.fingerprint(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        n: job.n,
         include_usage: params.include_usage,
         token_ids: params.return_token_ids.then(|| Arc::clone(&job.prompt)),
+        logprobs: job.sampling.logprobs.map(|_| pool.pieces()),
     };
     let generation = pool.submit(job, arrived).map_err(|error| match error {
         // Named as the client named it.
@@ -151,18 +152,22 @@ async fn finish(started: Result<Started, Error>, mut meter: Meter) -> Response {
 }
 
 async fn whole(answer: Answer, mut generation: Generation) -> Result<Response, Error> {
-    let (mut text, mut ids) = (String::new(), Vec::new());
+    let mut choices = vec![(Given::default(), Finish::Length); answer.n as usize];
     let end = loop {
         let piece = generation.next().await?;
-        text.push_str(&piece.text);
-        if answer.token_ids.is_some() {
-            ids.extend(piece.ids);
+        let Some((given, finish)) = choices.get_mut(piece.choice as usize) else {
+            return Err(Error::Internal(format!("a choice that nobody asked for: {}", piece.choice)));
+        };
+        given.text.push_str(&piece.text);
+        if answer.shows_tokens() {
+            given.tokens.extend(piece.tokens);
         }
+        *finish = piece.finish.unwrap_or(*finish);
         if let Some(end) = piece.end {
             break end;
         }
     };
-    let mut response = Json(answer.whole(&text, &ids, &end)).into_response();
+    let mut response = Json(answer.whole(&choices, &end)).into_response();
     name_worker(&mut response, end.worker.as_deref());
     Ok(response)
 }
@@ -184,14 +189,14 @@ async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) ->
     };
     let worker = generation.worker().cloned();
     let events = async_stream::stream! {
-        if let Some(opening) = answer.opening() {
+        for opening in answer.openings() {
             yield event(&opening);
         }
         let mut next = Ok(first);
         loop {
             match next {
                 Ok(piece) => {
-                    for part in parts(&answer, &piece.text, &piece.ids, piece.end.as_ref()) {
+                    for part in parts(&answer, &piece) {
                         yield event(&part);
                     }
                     if piece.end.is_some() {
@@ -220,17 +225,16 @@ async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) ->
     response
 }
 
-/// The events of one piece: its text, then its end with the usage. Text and end are apart, as OpenAI sends them.
-fn parts(answer: &Answer, text: &str, ids: &[u32], end: Option<&End>) -> Vec<Value> {
+/// The events of one piece: its text, its choice's end, the usage. Text and end are apart, as OpenAI sends them.
+fn parts(answer: &Answer, piece: &Piece) -> Vec<Value> {
     let mut parts = Vec::new();
-    let wanted = answer.token_ids.is_some() && !ids.is_empty();
-    if !text.is_empty() || wanted {
-        parts.push(answer.event(text, ids, None));
+    if !piece.text.is_empty() || (answer.shows_tokens() && !piece.tokens.is_empty()) {
+        parts.push(answer.event(piece.choice, &piece.text, &piece.tokens, None));
     }
-    if let Some(end) = end {
-        parts.push(answer.event("", &[], Some(end)));
-        parts.extend(answer.closing(end));
+    if let Some(finish) = piece.finish {
+        parts.push(answer.event(piece.choice, "", &[], Some(finish)));
     }
+    parts.extend(piece.end.as_ref().and_then(|end| answer.closing(end)));
     parts
 }
 

@@ -6,13 +6,14 @@
 use bytes::Bytes;
 use router_core::{
     BatchEnd, BlockHash, BlockSize, Blocks, Decision, Epoch, FinishReason, Keep, Micros, ModelSpec, Plan, PlanNo,
-    Refusal, RequestId, RowId, RowKey, RowReport, RowStart, RowTokens, SliceReport, Tokens, WorkerId, WorkerMessage,
-    WorkerSpec,
+    Refusal, RequestId, RowId, RowKey, RowReport, RowStart, RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerId,
+    WorkerMessage, WorkerSpec,
 };
 
 use crate::proto;
 use crate::proto::router_message::Body as ToWorker;
 use crate::proto::worker_message::Body as FromWorker;
+use crate::sampling::MOST_LOGPROBS;
 
 /// Longest name of a worker or model.
 const MOST_NAME: usize = 256;
@@ -171,13 +172,31 @@ fn row_tokens(row: proto::RowTokens, vocab: u32) -> Result<RowTokens, Hostile> {
     if count.is_none() {
         return hostile(format!("{} ids at index {} pass all indices", row.ids.len(), row.first_index));
     }
+    if !row.logprobs.is_empty() && row.logprobs.len() != row.ids.len() {
+        return hostile(format!("{} ids have {} logprobs", row.ids.len(), row.logprobs.len()));
+    }
     Ok(RowTokens {
         key: key(row.row)?,
         first_index: row.first_index,
+        logprobs: row.logprobs.into_iter().map(|logprobs| token_logprobs(logprobs, vocab)).collect::<Result<_, _>>()?,
         finish: finish(row.finish)?,
         cached: row.cached_tokens.map(|cached| Tokens(cached.into())),
         ids: row.ids,
     })
+}
+
+fn token_logprobs(logprobs: proto::TokenLogprobs, vocab: u32) -> Result<TokenLogprobs, Hostile> {
+    let (ids, top) = (logprobs.top_ids, logprobs.top);
+    if ids.len() != top.len() || ids.len() > MOST_LOGPROBS as usize || ids.iter().any(|id| *id >= vocab) {
+        return hostile(format!("{} most likely ids with {} logprobs, of {vocab} ids", ids.len(), top.len()));
+    }
+    Ok(TokenLogprobs { chosen: logprobs.chosen, top: ids.into_iter().zip(top).collect() })
+}
+
+/// Logprobs of one token as a message.
+pub fn logprobs(logprobs: &TokenLogprobs) -> proto::TokenLogprobs {
+    let (top_ids, top) = logprobs.top.iter().copied().unzip();
+    proto::TokenLogprobs { chosen: logprobs.chosen, top_ids, top }
 }
 
 fn slice_report(report: proto::SliceReport) -> Result<SliceReport, Hostile> {
@@ -294,6 +313,8 @@ pub fn plan<'a>(plan: Plan, extras: impl Fn(RequestId) -> Option<&'a RowExtras>)
 
 fn row_start(row: &RowStart, extras: &RowExtras) -> proto::RowStart {
     let limits = proto::Limits { max_tokens: narrow(row.max_tokens.0), ..extras.limits.clone() };
+    // Choices differ by their seeds alone; the first has the request's own.
+    let seed = extras.sampling.seed.wrapping_add(row.key.row.choice.into());
     proto::RowStart {
         row: Some(row_id(row.key)),
         slice_no: row.slice_no,
@@ -302,7 +323,7 @@ fn row_start(row: &RowStart, extras: &RowExtras) -> proto::RowStart {
         hash_root: row.root.0,
         prompt_ids: Some(packed(&row.prompt)),
         output_ids: Some(packed(&row.output)),
-        sampling: Some(extras.sampling.clone()),
+        sampling: Some(proto::Sampling { seed, ..extras.sampling.clone() }),
         limits: Some(limits),
         hold_rank: row.hold_rank,
         deadline_ms_left: None,
@@ -406,6 +427,21 @@ mod tests {
         assert!(!is_message(step(proto::RowTokens { row, ids: vec![100], ..Default::default() })));
         assert!(!is_message(step(proto::RowTokens { row: None, ids: vec![1], ..Default::default() })));
         assert!(!is_message(step(proto::RowTokens { row, finish: 77, ..Default::default() })));
+        let with = |logprobs: &[(Vec<u32>, Vec<f32>)]| {
+            let of = |(top_ids, top): &(Vec<u32>, Vec<f32>)| proto::TokenLogprobs {
+                chosen: -1.0,
+                top_ids: top_ids.clone(),
+                top: top.clone(),
+            };
+            let logprobs = logprobs.iter().map(of).collect();
+            step(proto::RowTokens { row, ids: vec![1, 2], logprobs, ..Default::default() })
+        };
+        assert!(is_message(with(&[])));
+        assert!(is_message(with(&[(vec![1, 99], vec![-1.0, f32::NEG_INFINITY]), (vec![], vec![])])));
+        assert!(!is_message(with(&[(vec![], vec![])])), "one for two ids");
+        assert!(!is_message(with(&[(vec![1], vec![]), (vec![], vec![])])));
+        assert!(!is_message(with(&[(vec![100], vec![-1.0]), (vec![], vec![])])));
+        assert!(!is_message(with(&[(vec![1; 21], vec![-1.0; 21]), (vec![], vec![])])));
         let late = proto::RowTokens { row, first_index: u32::MAX, ids: vec![1], ..Default::default() };
         assert!(!is_message(step(late)));
         let delta = |bytes: usize| {
@@ -419,8 +455,8 @@ mod tests {
 
     #[test]
     fn a_plan_carries_what_the_shell_knows() {
-        let row = |request| RowStart {
-            key: RowKey { row: RowId { request: RequestId(request), choice: 0 }, attempt: 3 },
+        let row = |request, choice| RowStart {
+            key: RowKey { row: RowId { request: RequestId(request), choice }, attempt: 3 },
             slice_no: 1,
             root: BlockHash(9),
             prompt: Arc::from([1, 2]),
@@ -433,13 +469,13 @@ mod tests {
             base: PlanNo(1),
             keep: Keep::List(vec![]),
             leave: vec![],
-            add: vec![row(1), row(2)],
+            add: vec![row(1, 0), row(2, 0), row(1, 3)],
             steps: 32,
             ceiling: Blocks(5),
             ranks: vec![],
         };
         let extras = RowExtras {
-            sampling: proto::Sampling { temperature: 0.5, seed: 11, ..Default::default() },
+            sampling: proto::Sampling { temperature: 0.5, seed: u64::MAX, ..Default::default() },
             limits: proto::Limits { min_tokens: 2, ignore_eos: true, stop_token_ids: vec![8], max_tokens: 0 },
             model: "tiny".into(),
         };
@@ -447,10 +483,11 @@ mod tests {
             panic!("not a plan");
         };
         assert_eq!(sent.keep, proto::plan::Keep::None as i32);
-        assert_eq!(sent.add.len(), 1, "a row nobody knows is left out");
+        assert_eq!(sent.add.len(), 2, "a row nobody knows is left out");
         let row = &sent.add[0];
         assert_eq!(row.limits, Some(proto::Limits { max_tokens: 50, ..extras.limits }));
-        assert_eq!(row.sampling.as_ref().map(|sampling| sampling.seed), Some(11));
+        let seeds: Vec<_> = sent.add.iter().flat_map(|row| &row.sampling).map(|sampling| sampling.seed).collect();
+        assert_eq!(seeds, [u64::MAX, 2], "choices draw apart");
         assert_eq!(token_ids(row.prompt_ids.as_ref().expect("ids")).expect("whole"), [1, 2]);
     }
 

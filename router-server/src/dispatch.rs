@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use router_core::{
     Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, RowKey,
-    Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -25,8 +25,11 @@ use crate::proto::{self, Resync};
 pub const COMMANDS: usize = 8192;
 /// Messages to one worker that may wait: far more than a worker that reads leaves.
 pub const LINK_MESSAGES: usize = 1024;
-/// Updates of one request that may wait for its client: some 256 KiB at a token each.
+/// Updates of one row that may wait for its client: some 256 KiB at a token each. The rows of a request share so many,
+/// but each has room for [`ROW_UPDATES`].
 pub const UPDATES: usize = 4096;
+/// See [`UPDATES`].
+pub const ROW_UPDATES: usize = 64;
 /// Commands taken at once; a burst is planned once.
 const BURST: usize = 4096;
 
@@ -35,8 +38,8 @@ const BURST: usize = 4096;
 pub enum Command {
     /// A request.
     Arrive(Arrival),
-    /// The client of this request went away, or its stop string matched.
-    Cancel(RequestId),
+    /// The client of this request went away, or a stop string of this choice matched.
+    Cancel(RequestId, Option<u32>),
     /// A worker's session is open.
     Join {
         /// What it announced.
@@ -100,6 +103,8 @@ pub enum Update {
         first_index: u32,
         /// Ids.
         ids: Vec<u32>,
+        /// One for each id, or none.
+        logprobs: Vec<TokenLogprobs>,
     },
     /// A row ended.
     Finished {
@@ -253,7 +258,7 @@ impl Dispatcher {
                 self.clients.insert(arrival.request.id, client);
                 self.events.push(Event::RequestArrived(arrival.request));
             }
-            Command::Cancel(request) => self.cancel(request),
+            Command::Cancel(request, choice) => self.cancel(request, choice),
             Command::Join { spec, link, fate, seat } => {
                 let session = Session { number: 0, epoch: spec.epoch, name: spec.name.as_str().into(), link, fate };
                 self.join(spec, session, seat);
@@ -286,9 +291,9 @@ impl Dispatcher {
         }
     }
 
-    fn cancel(&mut self, request: RequestId) {
+    fn cancel(&mut self, request: RequestId, choice: Option<u32>) {
         if self.clients.contains_key(&request) {
-            self.events.push(Event::Cancelled { request, choice: None });
+            self.events.push(Event::Cancelled { request, choice });
         }
     }
 
@@ -422,8 +427,8 @@ impl Dispatcher {
                     self.update(row.request, Update::Placed(name));
                 }
             }
-            Action::Tokens { row, first_index, ids } => {
-                self.update(row.request, Update::Tokens { row, first_index, ids });
+            Action::Tokens { row, first_index, ids, logprobs } => {
+                self.update(row.request, Update::Tokens { row, first_index, ids, logprobs });
             }
             Action::Finish(row, end) => self.finish(row, end),
             Action::Reject(request, rejection) => {
@@ -452,12 +457,12 @@ impl Dispatcher {
         }
     }
 
-    /// Tells a client; one that is gone or reads too slowly is cancelled. The last place of its channel is kept for
-    /// the end.
+    /// Tells a client; one that is gone or reads too slowly is cancelled. The last places of its channel are kept for
+    /// the ends of its rows.
     fn update(&mut self, request: RequestId, update: Update) {
         let Some(client) = self.clients.get_mut(&request) else { return };
         let Some(updates) = &client.updates else { return };
-        let full = updates.capacity() <= 1;
+        let full = updates.capacity() <= client.rows_left as usize;
         let sent = updates.try_send(if full { Update::Overflow } else { update });
         if full || sent.is_err() {
             client.updates = None;

@@ -1,12 +1,20 @@
 //! Reads the fields of a body one by one, each with its range, and refuses what is left over.
 
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
+use crate::proto::Sampling;
 use crate::request::Params;
+use crate::sampling::{MOST_IDS, MOST_LOGPROBS};
 
 /// Most stop strings, and most bytes of one.
 const MOST_STOPS: (usize, usize) = (16, 1024);
+/// Most answers to one request.
+pub(crate) const MOST_CHOICES: u32 = 128;
+
 /// The fields of a body, taken one by one; what is left over at the end was not expected.
 pub(crate) struct Fields(pub(crate) Map<String, Value>);
 
@@ -43,15 +51,77 @@ impl Fields {
         }
     }
 
-    pub(crate) fn temperature(&mut self) -> Result<f32, Error> {
-        let Some(value) = self.take("temperature") else { return Ok(1.0) };
-        match value.as_f64() {
-            Some(temperature) if (0.0..=2.0).contains(&temperature) => Ok(temperature as f32),
-            Some(temperature) => {
-                Err(Error::invalid("temperature", format!("temperature must be between 0 and 2: {temperature}")))
+    /// A count up to `most`.
+    fn at_most(&mut self, name: &str, least: u32, most: u32) -> Result<Option<u32>, Error> {
+        match self.count(name, least)? {
+            Some(count) if count > most => {
+                Err(Error::invalid(name, format!("{name} must be an integer from {least} to {most}: {count}")))
             }
-            None => Err(wrong("temperature", "a number", &value)),
+            count => Ok(count),
         }
+    }
+
+    /// A number; ranges with an open end are asked later, by [`crate::sampling::fault`].
+    fn number(&mut self, name: &str, range: RangeInclusive<f32>) -> Result<Option<f32>, Error> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        let Some(number) = value.as_f64() else {
+            return Err(wrong(name, "a number", &value));
+        };
+        if range.contains(&(number as f32)) {
+            return Ok(Some(number as f32));
+        }
+        let (least, most) = (range.start(), range.end());
+        Err(Error::invalid(name, format!("{name} must be between {least} and {most}: {number}")))
+    }
+
+    /// 0 and -1 are off.
+    fn top_k(&mut self) -> Result<u32, Error> {
+        if self.0.get("top_k").and_then(Value::as_i64) == Some(-1) {
+            self.0.shift_remove("top_k");
+        }
+        Ok(self.count("top_k", 0)?.unwrap_or(0))
+    }
+
+    fn logit_bias(&mut self) -> Result<HashMap<u32, f32>, Error> {
+        const NAME: &str = "logit_bias";
+        let biases = match self.take(NAME) {
+            None => return Ok(HashMap::new()),
+            Some(Value::Object(biases)) => biases,
+            Some(other) => return Err(wrong(NAME, "an object of token ids and their biases", &other)),
+        };
+        if biases.len() > MOST_IDS {
+            return Err(Error::invalid(NAME, format!("logit_bias has at most {MOST_IDS} ids: {}", biases.len())));
+        }
+        let bias = |(id, bias): (String, Value)| {
+            let digits = id.bytes().all(|byte| byte.is_ascii_digit());
+            let Some(number) = id.parse::<u32>().ok().filter(|_| digits) else {
+                let id: String = id.chars().take(64).collect();
+                return Err(Error::invalid(NAME, format!("logit_bias has token ids as its keys: {id}")));
+            };
+            match bias.as_f64() {
+                Some(bias) if (-100.0..=100.0).contains(&bias) => Ok((number, bias as f32)),
+                Some(bias) => {
+                    Err(Error::invalid(NAME, format!("the bias of {id} must be between -100 and 100: {bias}")))
+                }
+                None => Err(wrong(NAME, "an object of token ids and their biases", &bias)),
+            }
+        };
+        biases.into_iter().map(bias).collect()
+    }
+
+    /// Of a completion: how many of the likeliest tokens.
+    pub(crate) fn logprobs_count(&mut self) -> Result<Option<u32>, Error> {
+        self.at_most("logprobs", 0, MOST_LOGPROBS)
+    }
+
+    /// Of a chat: whether, and how many.
+    pub(crate) fn logprobs_flag(&mut self) -> Result<Option<u32>, Error> {
+        let wanted = self.flag("logprobs")?;
+        let top = self.at_most("top_logprobs", 0, MOST_LOGPROBS)?.unwrap_or(0);
+        if top > 0 && !wanted {
+            return Err(Error::invalid("top_logprobs", "top_logprobs needs logprobs: true"));
+        }
+        Ok(wanted.then_some(top))
     }
 
     pub(crate) fn seed(&mut self) -> Result<Option<u64>, Error> {
@@ -116,7 +186,7 @@ impl Fields {
         }
     }
 
-    pub(crate) fn params(&mut self) -> Result<Params, Error> {
+    pub(crate) fn params(&mut self, logprobs: Option<u32>) -> Result<Params, Error> {
         let max_tokens = self.count("max_tokens", 1)?;
         let max_completion_tokens = self.count("max_completion_tokens", 1)?;
         let stream = self.flag("stream")?;
@@ -125,7 +195,19 @@ impl Fields {
             max_tokens: max_completion_tokens.or(max_tokens),
             limit_name: if max_completion_tokens.is_some() { "max_completion_tokens" } else { "max_tokens" },
             min_tokens: self.count("min_tokens", 0)?.unwrap_or(0),
-            temperature: self.temperature()?,
+            n: self.at_most("n", 1, MOST_CHOICES)?.unwrap_or(1),
+            sampling: Sampling {
+                temperature: self.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
+                top_k: self.top_k()?,
+                top_p: self.number("top_p", 0.0..=1.0)?,
+                min_p: self.number("min_p", 0.0..=1.0)?,
+                repetition_penalty: self.number("repetition_penalty", 0.0..=f32::MAX)?,
+                presence_penalty: self.number("presence_penalty", -2.0..=2.0)?,
+                frequency_penalty: self.number("frequency_penalty", -2.0..=2.0)?,
+                seed: 0,
+                logit_bias: self.logit_bias()?,
+                logprobs,
+            },
             seed: self.seed()?,
             stop: self.stop()?,
             stop_token_ids: self.stop_token_ids()?,
@@ -142,9 +224,9 @@ impl Fields {
     }
 
     /// Refuses what is left over, unless it says what would be done without it.
-    pub(crate) fn nothing_else(self, with_tools: bool) -> Result<(), Error> {
+    pub(crate) fn nothing_else(self, n: u32) -> Result<(), Error> {
         for (name, value) in self.0 {
-            if !value.is_null() && !is_neutral(&name, &value, with_tools) {
+            if !value.is_null() && !is_neutral(&name, &value, n) {
                 return Err(Error::unsupported(name));
             }
         }
@@ -153,14 +235,23 @@ impl Fields {
 }
 
 /// Fields that are read.
-const SERVED: [&str; 16] = [
+const SERVED: [&str; 25] = [
     "model",
     "messages",
     "tools",
     "max_tokens",
     "max_completion_tokens",
     "min_tokens",
+    "n",
     "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
     "seed",
     "stop",
     "stop_token_ids",
@@ -172,26 +263,17 @@ const SERVED: [&str; 16] = [
     "tool_choice",
 ];
 /// Fields that are not served, but have a value that asks for nothing; see [`is_neutral`].
-const WITH_NEUTRAL: [&str; 34] = [
+const WITH_NEUTRAL: [&str; 25] = [
     "user",
     "safety_identifier",
     "prompt_cache_key",
     "metadata",
-    "n",
     "best_of",
-    "top_p",
-    "repetition_penalty",
     "length_penalty",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
     "top_logprobs",
     "priority",
-    "logit_bias",
     "chat_template_kwargs",
     "scls",
-    "logprobs",
     "echo",
     "store",
     "use_beam_search",
@@ -215,18 +297,18 @@ pub(crate) fn is_known(name: &str) -> bool {
 }
 
 /// Whether a field that is not served asks for nothing that is not done anyway.
-fn is_neutral(name: &str, value: &Value, with_tools: bool) -> bool {
+fn is_neutral(name: &str, value: &Value, n: u32) -> bool {
     let number = |neutral: &[f64]| value.as_f64().is_some_and(|value| neutral.contains(&value));
     match name {
         // Who asks, and for what, does not change the answer.
         "user" | "safety_identifier" | "prompt_cache_key" => value.is_string(),
         "metadata" => value.is_object(),
-        "n" | "best_of" | "top_p" | "repetition_penalty" | "length_penalty" => number(&[1.0]),
-        "top_k" => number(&[0.0, -1.0]),
-        "min_p" | "presence_penalty" | "frequency_penalty" | "top_logprobs" | "priority" => number(&[0.0]),
-        "logit_bias" | "chat_template_kwargs" | "scls" => value.as_object().is_some_and(Map::is_empty),
-        "logprobs"
-        | "echo"
+        // The best n of n are all of them.
+        "best_of" => number(&[f64::from(n)]),
+        "length_penalty" => number(&[1.0]),
+        "top_logprobs" | "priority" => number(&[0.0]),
+        "chat_template_kwargs" | "scls" => value.as_object().is_some_and(Map::is_empty),
+        "echo"
         | "store"
         | "use_beam_search"
         | "include_stop_str_in_output"
@@ -241,8 +323,8 @@ fn is_neutral(name: &str, value: &Value, with_tools: bool) -> bool {
         "response_format" => value == &json!({"type": "text"}),
         "modalities" => value == &json!(["text"]),
         "service_tier" => value == &json!("auto") || value == &json!("default"),
-        // Tool calls are the model's text, not parsed: with tools the model decides.
-        "tool_choice" => value == &json!("auto") || (!with_tools && value == &json!("none")),
+        // Tool calls are the model's text, not parsed: with tools the model decides. "none" was taken before.
+        "tool_choice" => value == &json!("auto"),
         _ => false,
     }
 }

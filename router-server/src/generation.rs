@@ -1,11 +1,12 @@
-//! One request from its ids to its text: submits it, turns its tokens into text, matches stop strings, ends it.
+//! One request from its ids to its text: submits it, gives out what its choices draw, ends it.
 //!
-//! HTTP and gRPC both read a [`Generation`]; it knows neither. Dropping it before its end cancels the request.
+//! HTTP and gRPC both read a [`Generation`]; it knows neither. What of a choice is given out when is `output.rs`. Dropping
+//! it before its end cancels the request.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use router_core::{FinishReason, RequestId, RowEnd};
+use router_core::{FinishReason, RequestId, RowEnd, TokenLogprobs};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -13,8 +14,8 @@ use crate::convert::clipped;
 use crate::dispatch::{Command, Update};
 use crate::error::Error;
 use crate::metrics::Metrics;
+use crate::output::{Given, Output, Token};
 use crate::proto;
-use crate::stop::StopMatcher;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
 /// A validated request in ids.
@@ -24,7 +25,9 @@ pub struct Job {
     pub model: String,
     /// Prompt ids.
     pub prompt: Arc<[u32]>,
-    /// How tokens are drawn.
+    /// Answers wanted, at least one.
+    pub n: u32,
+    /// How tokens are drawn; the seed is the first choice's, the others count on from it.
     pub sampling: proto::Sampling,
     /// When it ends.
     pub limits: proto::Limits,
@@ -35,28 +38,39 @@ pub struct Job {
 /// What came next.
 #[derive(Clone, Debug, Default)]
 pub struct Piece {
-    /// Absolute index of the first id.
+    /// Whose.
+    pub choice: u32,
+    /// Index in its output of the first token.
     pub first_index: u32,
-    /// Ids; of an iteration, or none.
-    pub ids: Vec<u32>,
+    /// Tokens that are decided now; often none.
+    pub tokens: Vec<Token>,
     /// Text that is decided now; often none.
     pub text: String,
-    /// Set on the last piece.
+    /// Set on the last piece of the choice.
+    pub finish: Option<Finish>,
+    /// Set on the last piece of the request.
     pub end: Option<End>,
 }
 
-/// How a request ended, and what it took.
-#[derive(Clone, Debug)]
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token or string.
+    Stop,
+    /// A limit.
+    Length,
+}
+
+/// What a request took.
+#[derive(Clone, Debug, Default)]
 pub struct End {
-    /// `true` if a stop token or string ended it, `false` if a limit did.
-    pub stopped: bool,
-    /// Prompt tokens.
+    /// Prompt tokens, once.
     pub prompt_tokens: u64,
-    /// Output tokens.
+    /// Output tokens of all choices.
     pub completion_tokens: u64,
-    /// Prompt tokens found in the cache.
+    /// Prompt tokens found in the cache by the choice that found least: the others find what that one computed.
     pub cached_tokens: u64,
-    /// Slices it ran in.
+    /// Slices of the choice that ran in most.
     pub slices: u32,
     /// The worker that had it last.
     pub worker: Option<Arc<str>>,
@@ -72,37 +86,45 @@ struct CancelGuard {
 }
 
 impl CancelGuard {
-    fn cancel(&mut self) {
-        // Where it does not fit it stays armed: a stopped request tries again at its next token, and of one that is
-        // gone the dispatcher finds the closed channel.
-        if self.armed && self.commands.try_send(Command::Cancel(self.request)).is_ok() {
-            self.armed = false;
+    /// Ends one choice, or all. Where it does not fit it is tried again at the choice's next token, and of a request that
+    /// is gone the dispatcher finds the closed channel.
+    fn cancel(&self, choice: Option<u32>) {
+        if self.armed {
+            let _ = self.commands.try_send(Command::Cancel(self.request, choice));
         }
     }
 }
 
 impl Drop for CancelGuard {
     fn drop(&mut self) {
-        self.cancel();
+        self.cancel(None);
     }
+}
+
+/// One of the answers of a request.
+struct Choice {
+    output: Output,
+    /// Tokens given out.
+    given: u32,
+    last_token: Option<Instant>,
+    ended: bool,
 }
 
 /// A running request.
 pub struct Generation {
     updates: mpsc::Receiver<Update>,
     guard: CancelGuard,
-    detokenizer: Option<Detokenizer>,
-    stops: StopMatcher,
-    min_tokens: u32,
+    choices: Vec<Choice>,
+    /// Choices that have not ended.
+    left: usize,
+    /// How many of the likeliest tokens come with each, if logprobs are wanted.
+    logprobs: Option<u32>,
     max_tokens: u32,
     arrived: Instant,
     timeout: Duration,
-    last_token: Option<Instant>,
-    ttft: Option<Duration>,
     worker: Option<Arc<str>>,
-    emitted: u32,
-    /// A stop string matched: only the end is waited for.
-    stopped: bool,
+    /// Summed up over the choices that have ended.
+    end: End,
     metrics: Arc<Metrics>,
 }
 
@@ -126,21 +148,25 @@ pub struct Start {
 
 impl Generation {
     /// Begins to listen.
-    pub fn new(start: Start, stop: Vec<String>, limits: &proto::Limits) -> Self {
+    pub fn new(start: Start, job: &Job) -> Self {
+        let choice = |_| Choice {
+            output: Output::new(start.tokenizer.clone().map(Detokenizer::new), job.stop.clone(), job.limits.min_tokens),
+            given: 0,
+            last_token: None,
+            ended: false,
+        };
+        let choices: Vec<Choice> = (0..job.n).map(choice).collect();
         Self {
             updates: start.updates,
             guard: CancelGuard { request: start.request, commands: start.commands, armed: true },
-            detokenizer: start.tokenizer.map(Detokenizer::new),
-            stops: StopMatcher::new(stop),
-            min_tokens: limits.min_tokens,
-            max_tokens: limits.max_tokens,
+            left: choices.len(),
+            choices,
+            logprobs: job.sampling.logprobs,
+            max_tokens: job.limits.max_tokens,
             arrived: start.arrived,
             timeout: start.timeout,
-            last_token: None,
-            ttft: None,
             worker: None,
-            emitted: 0,
-            stopped: false,
+            end: End { cached_tokens: u64::MAX, ..End::default() },
             metrics: start.metrics,
         }
     }
@@ -160,21 +186,13 @@ impl Generation {
             };
             match update {
                 Update::Placed(worker) => self.worker = Some(worker),
-                Update::Tokens { .. } if self.stopped => {}
-                Update::Tokens { first_index, ids, .. } => {
-                    let piece = self.tokens(first_index, ids);
-                    if !self.stopped {
+                Update::Tokens { row, ids, logprobs, .. } => {
+                    let piece = self.tokens(row.choice, &ids, logprobs)?;
+                    if !(piece.text.is_empty() && piece.tokens.is_empty()) {
                         return Ok(piece);
                     }
-                    // Its end comes at once; it takes this text along.
-                    let end = self.wait_for_end().await?;
-                    return Ok(Piece { end: Some(end), ..piece });
                 }
-                Update::Finished { end, worker, .. } => {
-                    let end = self.end(end, worker)?;
-                    let text = self.rest();
-                    return Ok(Piece { first_index: self.emitted, ids: Vec::new(), text, end: Some(end) });
-                }
+                Update::Finished { row, end, worker } => return self.finished(row.choice, end, worker),
                 Update::Rejected(rejection) => {
                     self.guard.armed = false;
                     return Err(rejection.into());
@@ -187,63 +205,73 @@ impl Generation {
         }
     }
 
-    fn tokens(&mut self, first_index: u32, mut ids: Vec<u32>) -> Piece {
-        self.clock(ids.len());
-        let mut text = String::new();
-        for at in 0..ids.len() {
-            let new = self.detokenizer.as_mut().map_or_else(String::new, |detokenizer| detokenizer.push(ids[at]));
-            self.emitted += 1;
-            if self.emitted <= self.min_tokens {
-                text.push_str(&self.stops.pass(&new));
-                continue;
-            }
-            let (new, matched) = self.stops.push(&new);
-            text.push_str(&new);
-            if matched {
-                self.stopped = true;
-                self.guard.cancel();
-                ids.truncate(at + 1);
+    fn choice(&mut self, number: u32) -> Result<&mut Choice, Error> {
+        let choice = self.choices.get_mut(number as usize).filter(|choice| !choice.ended);
+        choice.ok_or_else(|| Error::Internal(format!("choice {number} does not run")))
+    }
+
+    fn tokens(&mut self, number: u32, ids: &[u32], logprobs: Vec<TokenLogprobs>) -> Result<Piece, Error> {
+        let wanted = self.logprobs;
+        if wanted.is_some() && logprobs.len() != ids.len() {
+            return Err(Error::WorkerFailed("it sent no logprobs".into()));
+        }
+        if self.choice(number)?.output.is_stopped() {
+            // It is on its way out.
+            self.guard.cancel(Some(number));
+            return Ok(Piece::default());
+        }
+        self.clock(number, ids.len());
+        let choice = self.choice(number)?;
+        let mut logprobs = logprobs.into_iter();
+        let mut given = Given::default();
+        for id in ids {
+            let of_it = wanted.and_then(|most| {
+                let mut of_it = logprobs.next()?;
+                of_it.top.truncate(most as usize);
+                Some(of_it)
+            });
+            choice.output.push(*id, of_it, &mut given);
+            if choice.output.is_stopped() {
+                self.guard.cancel(Some(number));
                 break;
             }
         }
-        Piece { first_index, ids, text, end: None }
+        self.piece(number, given)
     }
 
-    fn clock(&mut self, tokens: usize) {
+    fn piece(&mut self, number: u32, given: Given) -> Result<Piece, Error> {
+        let choice = self.choice(number)?;
+        let first_index = choice.given;
+        choice.given += u32::try_from(given.tokens.len()).unwrap_or(u32::MAX);
+        Ok(Piece { choice: number, first_index, tokens: given.tokens, text: given.text, finish: None, end: None })
+    }
+
+    fn clock(&mut self, number: u32, tokens: usize) {
         let now = Instant::now();
-        if let Some(last) = self.last_token.replace(now) {
+        let last = self.choices.get_mut(number as usize).and_then(|choice| choice.last_token.replace(now));
+        if let Some(last) = last {
             let gap = (now - last) / u32::try_from(tokens.max(1)).unwrap_or(u32::MAX);
             self.metrics.next_token(gap);
-        } else {
+        } else if self.end.ttft.is_none() {
             let ttft = now - self.arrived;
-            self.ttft = Some(ttft);
+            self.end.ttft = Some(ttft);
             self.metrics.first_token(ttft);
         }
     }
 
-    async fn wait_for_end(&mut self) -> Result<End, Error> {
-        loop {
-            match tokio::time::timeout_at(self.arrived + self.timeout, self.updates.recv()).await {
-                Err(_) => return Err(Error::Timeout(self.timeout)),
-                Ok(Some(Update::Finished { end, worker, .. })) => return self.end(end, worker),
-                Ok(Some(Update::Placed(_) | Update::Tokens { .. })) => self.guard.cancel(),
-                Ok(Some(Update::Rejected(_) | Update::Overflow) | None) => {
-                    return Err(Error::Internal("no end came for a stopped request".into()));
-                }
-            }
-        }
-    }
-
-    fn end(&mut self, end: RowEnd, worker: Option<Arc<str>>) -> Result<End, Error> {
-        self.guard.armed = false;
-        let stopped = match end.reason {
-            _ if self.stopped => true,
-            FinishReason::Stop => true,
-            FinishReason::Length if end.emitted.0 < self.max_tokens.into() => {
-                let why = format!("it ended for length after {} of {} tokens", end.emitted.0, self.max_tokens);
+    /// A choice ended: gives out what it held back. From here on its tokens and its text are known whole.
+    fn finished(&mut self, number: u32, end: RowEnd, worker: Option<Arc<str>>) -> Result<Piece, Error> {
+        let max_tokens = self.max_tokens;
+        let choice = self.choice(number)?;
+        let by_string = choice.output.is_stopped();
+        let mut finish = match end.reason {
+            _ if by_string => Finish::Stop,
+            FinishReason::Stop => Finish::Stop,
+            FinishReason::Length if end.emitted.0 < max_tokens.into() => {
+                let why = format!("it ended for length after {} of {max_tokens} tokens", end.emitted.0);
                 return Err(Error::WorkerFailed(why));
             }
-            FinishReason::Length => false,
+            FinishReason::Length => Finish::Length,
             // We listen, so it was not us.
             FinishReason::Cancelled => return Err(Error::WorkerFailed("it cancelled the request".into())),
             FinishReason::Error => {
@@ -251,24 +279,26 @@ impl Generation {
                 return Err(Error::WorkerFailed(clipped(&why)));
             }
         };
-        Ok(End {
-            stopped,
-            prompt_tokens: end.prompt.0,
-            completion_tokens: if self.stopped { self.emitted.into() } else { end.emitted.0 },
-            cached_tokens: end.cached.0,
-            slices: end.slices,
-            worker: worker.or_else(|| self.worker.clone()),
-            ttft: self.ttft,
-        })
-    }
-
-    /// What was held back, now that the output ended.
-    fn rest(&mut self) -> String {
-        let new = self.detokenizer.as_mut().map_or_else(String::new, Detokenizer::finish);
-        let (mut text, matched) = self.stops.push(&new);
-        if !matched {
-            text.push_str(&self.stops.finish());
+        let mut given = Given::default();
+        choice.output.finish(&mut given);
+        if choice.output.is_stopped() {
+            finish = Finish::Stop;
         }
-        text
+        let drawn = if by_string { choice.output.drawn().into() } else { end.emitted.0 };
+        let mut piece = self.piece(number, given)?;
+        piece.finish = Some(finish);
+        self.choice(number)?.ended = true;
+        self.left -= 1;
+        let sum = &mut self.end;
+        sum.prompt_tokens = end.prompt.0;
+        sum.completion_tokens += drawn;
+        sum.cached_tokens = sum.cached_tokens.min(end.cached.0);
+        sum.slices = sum.slices.max(end.slices);
+        sum.worker = worker.or_else(|| self.worker.clone());
+        if self.left == 0 {
+            self.guard.armed = false;
+            piece.end = Some(self.end.clone());
+        }
+        Ok(piece)
     }
 }

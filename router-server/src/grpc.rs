@@ -9,7 +9,8 @@ use tonic::{Request, Response, Status};
 
 use crate::convert;
 use crate::error::Error;
-use crate::generation::{End, Generation, Job, Piece};
+use crate::fields::MOST_CHOICES;
+use crate::generation::{End, Finish, Generation, Job, Piece};
 use crate::http::App;
 use crate::meter::Meter;
 use crate::pool::Pool;
@@ -33,16 +34,24 @@ impl Service {
         meter.busy = Some(self.app.begin()?);
         let pool = self.app.fleet.pool(&request.model)?;
         meter.model.clone_from(&request.model);
-        if request.n > 1 {
-            return Err(Error::unsupported("n"));
+        if request.n > MOST_CHOICES {
+            return Err(Error::invalid("n", format!("n must be from 1 to {MOST_CHOICES}: {}", request.n)));
         }
-        let sampling = sampling(request.sampling)?;
+        // Absent is greedy; what is there is checked with the rest of the job.
+        let sampling = request.sampling.unwrap_or_else(|| Sampling { seed: random(), ..Sampling::default() });
         let limits = limits(request.limits)?;
         if request.stop.iter().any(|stop| stop.is_empty() || stop.len() > 1024) || request.stop.len() > 16 {
             return Err(Error::invalid("stop", "at most 16 stop strings of 1 to 1024 bytes"));
         }
         let prompt = ids_of(&pool, request.prompt).await?;
-        let job = Job { model: request.model, prompt: prompt.into(), sampling, limits, stop: request.stop };
+        let job = Job {
+            model: request.model,
+            prompt: prompt.into(),
+            n: request.n.max(1),
+            sampling,
+            limits,
+            stop: request.stop,
+        };
         pool.submit(job, meter.arrived)
     }
 }
@@ -57,32 +66,6 @@ async fn ids_of(pool: &Pool, prompt: Option<proto::Prompt>) -> Result<Vec<u32>, 
     }
 }
 
-/// Checks what is served and refuses the rest by name. Absent is greedy.
-fn sampling(sampling: Option<Sampling>) -> Result<Sampling, Error> {
-    let Some(sampling) = sampling else {
-        return Ok(Sampling { seed: random(), ..Sampling::default() });
-    };
-    if !(0.0..=2.0).contains(&sampling.temperature) {
-        let message = format!("temperature must be between 0 and 2: {}", sampling.temperature);
-        return Err(Error::invalid("sampling.temperature", message));
-    }
-    let set = |value: Option<f32>, off: f32| value.is_some_and(|value| value.to_bits() != off.to_bits());
-    let unserved = [
-        ("top_k", sampling.top_k != 0),
-        ("top_p", set(sampling.top_p, 1.0)),
-        ("min_p", set(sampling.min_p, 0.0)),
-        ("repetition_penalty", set(sampling.repetition_penalty, 1.0)),
-        ("presence_penalty", set(sampling.presence_penalty, 0.0)),
-        ("frequency_penalty", set(sampling.frequency_penalty, 0.0)),
-        ("logit_bias", !sampling.logit_bias.is_empty()),
-        ("logprobs", sampling.logprobs.is_some()),
-    ];
-    match unserved.iter().find(|(_, set)| *set) {
-        Some((name, _)) => Err(Error::unsupported(format!("sampling.{name}"))),
-        None => Ok(Sampling { temperature: sampling.temperature, seed: sampling.seed, ..Sampling::default() }),
-    }
-}
-
 /// Absent is the rest of the context.
 fn limits(limits: Option<Limits>) -> Result<Limits, Error> {
     match limits {
@@ -91,28 +74,25 @@ fn limits(limits: Option<Limits>) -> Result<Limits, Error> {
             "limits.max_tokens",
             "max_tokens must be at least 1; without limits it is the rest of the context",
         )),
-        Some(limits) if limits.stop_token_ids.len() > 1024 => {
-            Err(Error::invalid("limits.stop_token_ids", "at most 1024 stop token ids"))
-        }
         Some(limits) => Ok(limits),
     }
 }
 
 fn response(request_id: &str, piece: Piece) -> GenerateResponse {
-    let finish = match &piece.end {
+    let finish = match piece.finish {
         None => FinishReason::Unspecified,
-        Some(end) if end.stopped => FinishReason::Stop,
-        Some(_) => FinishReason::Length,
+        Some(Finish::Stop) => FinishReason::Stop,
+        Some(Finish::Length) => FinishReason::Length,
     };
     GenerateResponse {
         request_id: request_id.to_owned(),
-        choice: 0,
+        choice: piece.choice,
         first_index: piece.first_index,
-        ids: piece.ids,
+        ids: piece.tokens.iter().map(|token| token.id).collect(),
         text: piece.text,
         finish: finish.into(),
         usage: piece.end.map(|end| usage(&end)),
-        logprobs: Vec::new(),
+        logprobs: piece.tokens.iter().filter_map(|token| token.logprobs.as_ref()).map(convert::logprobs).collect(),
     }
 }
 
@@ -222,17 +202,6 @@ impl router_server::Router for Service {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn unserved_sampling_is_named() {
-        let greedy = Sampling { top_p: Some(1.0), min_p: Some(0.0), seed: 5, ..Sampling::default() };
-        assert_eq!(sampling(Some(greedy)).expect("neutral").seed, 5);
-        let nucleus = Sampling { top_p: Some(0.9), ..Sampling::default() };
-        assert!(sampling(Some(nucleus)).expect_err("not served").to_string().contains("sampling.top_p"));
-        for temperature in [f32::NAN, f32::INFINITY, -1.0, 2.5] {
-            sampling(Some(Sampling { temperature, ..Sampling::default() })).expect_err("out of range");
-        }
-    }
 
     #[test]
     fn a_limit_of_zero_is_refused() {

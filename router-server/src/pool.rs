@@ -14,10 +14,12 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::convert::RowExtras;
-use crate::dispatch::{self, Arrival, COMMANDS, Command, Decided, PoolState, UPDATES};
+use crate::dispatch::{self, Arrival, COMMANDS, Command, Decided, PoolState, ROW_UPDATES, UPDATES};
 use crate::error::Error;
 use crate::generation::{Generation, Job, Start};
 use crate::metrics::Metrics;
+use crate::pieces::Pieces;
+use crate::sampling::{fault, no_such_id};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
@@ -51,6 +53,8 @@ pub struct Pool {
     next_request: AtomicU64,
     metrics: Arc<Metrics>,
     timeout: Duration,
+    /// Most unfinished rows of the scheduler.
+    most_rows: usize,
 }
 
 /// Tokenizer and template of a model; either may be missing.
@@ -112,6 +116,7 @@ impl Pool {
             next_request: AtomicU64::new(1),
             metrics,
             timeout: config.timeout,
+            most_rows: config.scheduler.max_rows,
         }))
     }
 
@@ -123,6 +128,16 @@ impl Pool {
     /// Most tokens of prompt and output together.
     pub fn most_tokens(&self) -> Tokens {
         self.state.most_tokens()
+    }
+
+    /// How its tokens read one by one.
+    pub fn pieces(&self) -> Pieces {
+        Pieces::new(self.text.tokenizer.clone())
+    }
+
+    /// Names its weights in answers: what is drawn from one seed is the same where this is.
+    pub fn fingerprint(&self) -> String {
+        format!("fp_{}", self.model.digest.get(..10).unwrap_or(&self.model.digest))
     }
 
     /// Ids of a text prompt.
@@ -183,16 +198,16 @@ impl Pool {
     pub fn submit(&self, mut job: Job, arrived: Instant) -> Result<Generation, Error> {
         self.check(&mut job)?;
         let request = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
-        let (sender, updates) = mpsc::channel(UPDATES);
+        let (sender, updates) = mpsc::channel(UPDATES.max(ROW_UPDATES * job.n as usize));
         let arrival = Arrival {
             request: NewRequest {
                 id: request,
-                prompt: job.prompt,
+                prompt: Arc::clone(&job.prompt),
                 root: self.root,
-                choices: 1,
+                choices: job.n,
                 max_tokens: Tokens(job.limits.max_tokens.into()),
             },
-            extras: RowExtras { sampling: job.sampling, limits: job.limits.clone(), model: job.model },
+            extras: RowExtras { sampling: job.sampling.clone(), limits: job.limits.clone(), model: job.model.clone() },
             updates: sender,
         };
         self.commands.try_send(Command::Arrive(arrival)).map_err(|error| match error {
@@ -208,15 +223,13 @@ impl Pool {
             timeout: self.timeout,
             metrics: Arc::clone(&self.metrics),
         };
-        Ok(Generation::new(start, job.stop, &job.limits))
+        Ok(Generation::new(start, &job))
     }
 
     fn check_ids(&self, param: &str, ids: &[u32]) -> Result<(), Error> {
         let vocab = self.model.vocab;
         match ids.iter().find(|id| **id >= vocab) {
-            Some(id) => {
-                Err(Error::invalid(param, format!("a token id that does not exist: {id}\nids are below {vocab}")))
-            }
+            Some(id) => Err(Error::invalid(param, no_such_id(*id, vocab))),
             None => Ok(()),
         }
     }
@@ -233,7 +246,13 @@ impl Pool {
 
     fn check(&self, job: &mut Job) -> Result<(), Error> {
         self.check_prompt(&job.prompt)?;
-        self.check_ids("stop_token_ids", &job.limits.stop_token_ids)?;
+        if job.n as usize > self.most_rows {
+            let message = format!("at most {} answers at once: {}", self.most_rows, job.n);
+            return Err(Error::invalid("n", message));
+        }
+        if !job.stop.is_empty() && self.text.tokenizer.is_none() {
+            return Err(Error::invalid("stop", "this model has no tokenizer: use stop_token_ids"));
+        }
         let (prompt, most) = (job.prompt.len() as u64, self.most_tokens().0);
         // An unset limit is the rest of the context.
         let wanted = match job.limits.max_tokens {
@@ -249,10 +268,8 @@ impl Pool {
         if job.limits.max_tokens == 0 {
             job.limits.max_tokens = u32::try_from(most - prompt).unwrap_or(u32::MAX);
         }
-        if job.limits.min_tokens > job.limits.max_tokens {
-            return Err(Error::invalid("min_tokens", format!("more than max_tokens: {}", job.limits.min_tokens)));
-        }
-        Ok(())
+        fault(&job.sampling, &job.limits, self.model.vocab)
+            .map_or(Ok(()), |(field, message)| Err(Error::invalid(field, message)))
     }
 
     /// Where a prompt would go now. Nothing comes of it.

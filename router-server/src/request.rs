@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::fields::{Fields, is_known, wrong};
 use crate::messages::{check_message, check_tool};
 use crate::prompt::Prompt;
+use crate::proto::Sampling;
 
 /// Most messages of a conversation.
 const MOST_MESSAGES: usize = 65_536;
@@ -48,8 +49,10 @@ pub struct Params {
     pub limit_name: &'static str,
     /// Tokens before which nothing ends the output.
     pub min_tokens: u32,
-    /// 0 is greedy.
-    pub temperature: f32,
+    /// Answers wanted.
+    pub n: u32,
+    /// How tokens are drawn; without the seed.
+    pub sampling: Sampling,
     /// For the draws; the router draws one if the client does not say.
     pub seed: Option<u64>,
     /// Stop strings.
@@ -128,13 +131,14 @@ impl Completion {
         if matches!(&prompt, Prompt::Text(text) if text.is_empty()) || prompt == Prompt::Ids(Vec::new()) {
             return Err(Error::invalid("prompt", "the prompt is empty"));
         }
-        let params = fields.params()?;
+        let logprobs = fields.logprobs_count()?;
+        let params = fields.params(logprobs)?;
         // For completions only: a chat's template says where special tokens stand.
         if fields.0.get("add_special_tokens") == Some(&json!(true)) {
             fields.0.shift_remove("add_special_tokens");
         }
         body.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
-        fields.nothing_else(false)?;
+        fields.nothing_else(params.n)?;
         Ok(Self { model, prompt, params })
     }
 }
@@ -167,12 +171,19 @@ impl Chat {
             }
             Some(other) => return Err(wrong("tools", "a list", &other)),
         };
-        let params = fields.params()?;
+        // Told to call none, the model is not told of them.
+        let mute = fields.0.get("tool_choice") == Some(&json!("none"));
+        if mute {
+            fields.0.shift_remove("tool_choice");
+        }
+        let tools = tools.filter(|_| !mute);
+        let logprobs = fields.logprobs_flag()?;
+        let params = fields.params(logprobs)?;
         if fields.0.get("add_special_tokens") == Some(&json!(false)) {
             fields.0.shift_remove("add_special_tokens");
         }
         body.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
-        fields.nothing_else(tools.is_some())?;
+        fields.nothing_else(params.n)?;
         Ok(Self { model, messages, tools, params })
     }
 }
@@ -217,6 +228,26 @@ mod tests {
             (r#""stream": "yes""#, "stream"),
             (r#""stream_options": {"include_usage": true}"#, "stream_options"),
             (r#""ignore_eos": 1"#, "ignore_eos"),
+            (r#""n": 0"#, "n"),
+            (r#""n": 129"#, "n"),
+            (r#""n": 1.5"#, "n"),
+            (r#""top_k": -2"#, "top_k"),
+            (r#""top_k": 1.5"#, "top_k"),
+            (r#""top_p": 1.1"#, "top_p"),
+            (r#""top_p": true"#, "top_p"),
+            (r#""min_p": -0.1"#, "min_p"),
+            (r#""repetition_penalty": -1"#, "repetition_penalty"),
+            (r#""presence_penalty": 2.1"#, "presence_penalty"),
+            (r#""frequency_penalty": -2.1"#, "frequency_penalty"),
+            (r#""logprobs": 21"#, "logprobs"),
+            (r#""logprobs": true"#, "logprobs"),
+            (r#""logit_bias": {"five": 1}"#, "logit_bias"),
+            (r#""logit_bias": {"-5": 1}"#, "logit_bias"),
+            (r#""logit_bias": {"+5": 1}"#, "logit_bias"),
+            (r#""logit_bias": {"4294967296": 1}"#, "logit_bias"),
+            (r#""logit_bias": {"5": 101}"#, "logit_bias"),
+            (r#""logit_bias": {"5": null}"#, "logit_bias"),
+            (r#""logit_bias": [5]"#, "logit_bias"),
         ];
         for (field, param) in table {
             let error = completion(field).expect_err(field);
@@ -227,12 +258,11 @@ mod tests {
     #[test]
     fn what_would_change_the_answer_is_unsupported() {
         let table = [
-            (r#""top_p": 0.9"#, "top_p"),
-            (r#""top_k": 40"#, "top_k"),
-            (r#""n": 2"#, "n"),
-            (r#""logprobs": 5"#, "logprobs"),
-            (r#""logit_bias": {"5": 1}"#, "logit_bias"),
-            (r#""presence_penalty": 0.5"#, "presence_penalty"),
+            (r#""best_of": 2"#, "best_of"),
+            (r#""n": 2, "best_of": 3"#, "best_of"),
+            (r#""top_logprobs": 5"#, "top_logprobs"),
+            (r#""prompt_logprobs": 1"#, "prompt_logprobs"),
+            (r#""store": true"#, "store"),
             (r#""echo": true"#, "echo"),
             (r#""suffix": "x""#, "suffix"),
             (r#""guided_json": {}"#, "guided_json"),
@@ -244,7 +274,7 @@ mod tests {
             assert_eq!(error.body()["error"]["code"], "unsupported_parameter");
         }
         for field in
-            [r#""response_format": {"type": "json_object"}"#, r#""logprobs": true"#, r#""tool_choice": "required""#]
+            [r#""response_format": {"type": "json_object"}"#, r#""tool_choice": "required""#, r#""echo": true"#]
         {
             chat(field).expect_err(field);
         }
@@ -253,8 +283,8 @@ mod tests {
     #[test]
     fn neutral_values_are_accepted() {
         for field in [
-            r#""top_p": 1"#,
-            r#""top_p": 1.0, "top_k": -1, "n": 1, "user": "me""#,
+            r#""top_p": 1, "user": "me", "metadata": {"a": "b"}"#,
+            r#""n": 3, "best_of": 3"#,
             r#""logit_bias": {}"#,
             r#""suffix": null"#,
             r#""unknown": null"#,
@@ -268,6 +298,44 @@ mod tests {
         }
         chat(r#""response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": true"#)
             .expect("neutral");
+    }
+
+    #[test]
+    fn sampling_is_read_as_it_is_given() {
+        let all = r#""n": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1,
+            "presence_penalty": -2, "frequency_penalty": 2, "logit_bias": {"5": -100, "7": 1.5}, "logprobs": 3"#;
+        let params = completion(all).expect("all of it").params;
+        let sampling = Sampling {
+            temperature: 0.5,
+            top_k: 40,
+            top_p: Some(0.9),
+            min_p: Some(0.1),
+            repetition_penalty: Some(1.1),
+            presence_penalty: Some(-2.0),
+            frequency_penalty: Some(2.0),
+            seed: 0,
+            logit_bias: [(5, -100.0), (7, 1.5)].into(),
+            logprobs: Some(3),
+        };
+        assert_eq!((params.n, params.sampling), (4, sampling));
+        let unset = completion(r#""top_k": -1"#).expect("nothing of it").params;
+        assert_eq!((unset.n, unset.sampling), (1, Sampling { temperature: 1.0, ..Sampling::default() }));
+    }
+
+    #[test]
+    fn a_chat_says_whether_and_how_many_logprobs() {
+        let asked = |fields: &str| chat(fields).map(|chat| chat.params.sampling.logprobs);
+        assert_eq!(asked(r#""logprobs": true"#), Ok(Some(0)));
+        assert_eq!(asked(r#""logprobs": true, "top_logprobs": 20"#), Ok(Some(20)));
+        assert_eq!(asked(r#""logprobs": false, "top_logprobs": 0"#), Ok(None));
+        for (fields, param) in [
+            (r#""top_logprobs": 2"#, "top_logprobs"),
+            (r#""logprobs": false, "top_logprobs": 2"#, "top_logprobs"),
+            (r#""logprobs": true, "top_logprobs": 21"#, "top_logprobs"),
+            (r#""logprobs": 3"#, "logprobs"),
+        ] {
+            assert_eq!(at_fault(&asked(fields).expect_err(fields)), (400, json!(param)), "{fields}");
+        }
     }
 
     #[test]
@@ -368,6 +436,8 @@ mod tests {
         {
             chat(wrong).expect_err(wrong);
         }
-        chat(&format!(r#""tools": [{tool}], "tool_choice": "none""#)).expect_err("the tools are in the prompt");
+        assert!(chat(&format!(r#""tools": [{tool}], "tool_choice": "auto""#)).expect("tools").tools.is_some());
+        assert!(chat(&format!(r#""tools": [{tool}], "tool_choice": "none""#)).expect("muted").tools.is_none());
+        chat(&format!(r#""tools": [{tool}], "tool_choice": {{"type": "function"}}"#)).expect_err("named");
     }
 }

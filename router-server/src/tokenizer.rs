@@ -12,7 +12,7 @@ const MOST_PENDING: usize = 32;
 
 /// A tokenizer as its files define it.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    pub(crate) inner: tokenizers::Tokenizer,
     most_bytes: Option<usize>,
 }
 
@@ -168,6 +168,11 @@ impl Detokenizer {
             _ if stuck => self.finish(),
             _ => String::new(),
         }
+    }
+
+    /// Whether ids wait for the rest of their character.
+    pub fn is_pending(&self) -> bool {
+        self.window.len() > self.given
     }
 
     /// The output ended: whatever is pending, complete or not.

@@ -8,12 +8,13 @@ use router_core::{
     BatchEnd, BlockHash, Blocks, FinishReason, Keep, Plan, PlanNo, Refusal, RequestId, RowId, RowKey, RowReport,
     RowStart, RowTokens, SliceReport, Tokens, WorkerMessage,
 };
-use router_sim::Stop;
+use router_sim::Terms;
 
 use crate::convert::token_ids;
 use crate::proto;
 use crate::proto::refused::Reason;
 use crate::proto::worker_message::Body;
+use crate::sampling::fault;
 
 /// A plan or message that is refused.
 #[derive(Debug)]
@@ -41,8 +42,8 @@ fn row_id(key: RowKey) -> proto::RowId {
     proto::RowId { request: key.row.request.0, choice: key.row.choice, attempt: key.attempt }
 }
 
-/// Reads a plan, with the stops of its new rows.
-pub fn plan(plan: &proto::Plan, info: &proto::WorkerInfo) -> Result<(Plan, Vec<(RowKey, Stop)>), Refused> {
+/// Reads a plan, with the terms of its new rows.
+pub fn plan(plan: &proto::Plan, info: &proto::WorkerInfo) -> Result<(Plan, Vec<(RowKey, Terms)>), Refused> {
     use proto::plan::Keep as Theirs;
     let keep = match Theirs::try_from(plan.keep) {
         Ok(Theirs::Survivors) => Keep::Survivors,
@@ -50,11 +51,11 @@ pub fn plan(plan: &proto::Plan, info: &proto::WorkerInfo) -> Result<(Plan, Vec<(
         Ok(Theirs::List) => Keep::List(keys(&plan.keep_rows)),
         Ok(Theirs::Unspecified) | Err(_) => return Err(refuse(Reason::Invalid, "keep", &[])),
     };
-    let mut stops = Vec::new();
+    let mut terms = Vec::new();
     let mut add = Vec::new();
     for start in &plan.add {
-        let (row, stop) = row_start(start, info)?;
-        stops.push((row.key, stop));
+        let (row, its) = row_start(start, info)?;
+        terms.push((row.key, its));
         add.push(row);
     }
     let plan = Plan {
@@ -68,10 +69,10 @@ pub fn plan(plan: &proto::Plan, info: &proto::WorkerInfo) -> Result<(Plan, Vec<(
         ceiling: Blocks(if plan.ceiling_blocks == 0 { u64::MAX } else { plan.ceiling_blocks.into() }),
         ranks: plan.hold_ranks.iter().map(|hold| (key(hold.row.as_ref()), hold.rank)).collect(),
     };
-    Ok((plan, stops))
+    Ok((plan, terms))
 }
 
-fn row_start(start: &proto::RowStart, info: &proto::WorkerInfo) -> Result<(RowStart, Stop), Refused> {
+fn row_start(start: &proto::RowStart, info: &proto::WorkerInfo) -> Result<(RowStart, Terms), Refused> {
     let row = start.row.unwrap_or_default();
     let limits = start.limits.clone().unwrap_or_default();
     if let Some(field) = unserved(start, info) {
@@ -86,15 +87,13 @@ fn row_start(start: &proto::RowStart, info: &proto::WorkerInfo) -> Result<(RowSt
     if limits.max_tokens as usize <= output.len() {
         return Err(refuse(Reason::Invalid, "max_tokens: nothing left to draw", &[row]));
     }
-    if limits.min_tokens > limits.max_tokens {
-        return Err(refuse(Reason::Unsupported, "min_tokens", &[row]));
+    let sampling = start.sampling.clone().unwrap_or_default();
+    if let Some((field, message)) = fault(&sampling, &limits, info.vocab_size) {
+        return Err(refuse(Reason::Unsupported, format!("{field}: {message}"), &[row]));
     }
-    let mut stop = limits.stop_token_ids.clone();
-    if stop.iter().any(|id| *id >= info.vocab_size) {
-        return Err(refuse(Reason::Unsupported, "stop_token_ids", &[row]));
-    }
+    let mut stop_ids = limits.stop_token_ids.clone();
     if !limits.ignore_eos {
-        stop.extend(&info.eos_token_ids);
+        stop_ids.extend(&info.eos_token_ids);
     }
     let start = RowStart {
         key: key(Some(&row)),
@@ -105,27 +104,15 @@ fn row_start(start: &proto::RowStart, info: &proto::WorkerInfo) -> Result<(RowSt
         max_tokens: Tokens(limits.max_tokens.into()),
         hold_rank: start.hold_rank,
     };
-    Ok((start, Stop { ids: stop, min_tokens: limits.min_tokens }))
+    Ok((start, Terms { stop_ids, min_tokens: limits.min_tokens, logprobs: sampling.logprobs }))
 }
 
-/// The first field with a value that is not served; a value that means "off" is served.
+/// The first field that is not served.
 fn unserved(start: &proto::RowStart, info: &proto::WorkerInfo) -> Option<&'static str> {
-    let sampling = start.sampling.clone().unwrap_or_default();
-    let given = |value: Option<f32>, off: f32| value.is_some_and(|value| value.to_bits() != off.to_bits());
-    let temperature = sampling.temperature;
     let fields = [
         ("model", !info.served_names.contains(&start.model)),
         ("adapter", !start.adapter.is_empty()),
         ("deadline_ms_left", start.deadline_ms_left.is_some()),
-        ("temperature", !(temperature.is_finite() && temperature >= 0.0)),
-        ("top_k", sampling.top_k != 0),
-        ("top_p", given(sampling.top_p, 1.0)),
-        ("min_p", given(sampling.min_p, 0.0)),
-        ("repetition_penalty", given(sampling.repetition_penalty, 1.0)),
-        ("presence_penalty", given(sampling.presence_penalty, 0.0)),
-        ("frequency_penalty", given(sampling.frequency_penalty, 0.0)),
-        ("logit_bias", !sampling.logit_bias.is_empty()),
-        ("logprobs", sampling.logprobs.is_some()),
     ];
     fields.into_iter().find_map(|(field, unserved)| unserved.then_some(field))
 }
@@ -209,7 +196,7 @@ fn row_tokens(row: RowTokens) -> proto::RowTokens {
         row: Some(row_id(row.key)),
         first_index: row.first_index,
         ids: row.ids,
-        logprobs: Vec::new(),
+        logprobs: row.logprobs.iter().map(crate::convert::logprobs).collect(),
         finish: finish(row.finish),
         cached_tokens: row.cached.map(|cached| narrow(cached.0)),
     }
@@ -256,6 +243,8 @@ fn row_report(row: &RowReport) -> proto::RowReport {
 
 #[cfg(test)]
 mod tests {
+    use router_core::TokenLogprobs;
+
     use super::*;
     use crate::convert;
 
@@ -268,6 +257,7 @@ mod tests {
                 key,
                 first_index: 7,
                 ids: vec![9],
+                logprobs: vec![TokenLogprobs { chosen: -0.5, top: vec![(9, -0.5), (8, -1.0)] }],
                 finish: Some(FinishReason::Stop),
                 cached: Some(Tokens(16)),
             }],
@@ -278,6 +268,7 @@ mod tests {
             panic!("not understood");
         };
         assert_eq!((batch, rows[0].key, rows[0].first_index), (PlanNo(4), key, 7));
+        assert_eq!(rows[0].logprobs, [TokenLogprobs { chosen: -0.5, top: vec![(9, -0.5), (8, -1.0)] }]);
         assert_eq!((rows[0].finish, rows[0].cached), (Some(FinishReason::Stop), Some(Tokens(16))));
     }
 }

@@ -153,7 +153,7 @@ impl Engine {
             }
             Heard::Ping(ping) => return self.say(Body::Pong(Pong { nonce: ping.nonce })),
             Heard::Plan(plan) => match convert::plan(&plan, &self.info) {
-                Ok((plan, stops)) => Command::Plan(plan, stops),
+                Ok((plan, terms)) => Command::Plan(plan, terms),
                 Err(refused) => return self.say(convert::refused(plan.plan_no, refused, self.worker.load())),
             },
             Heard::Cut(cut) => Command::Cut(router_core::PlanNo(cut.batch), cut.after_step),
