@@ -9,6 +9,7 @@ use router_core::{FinishReason, RequestId, RowEnd};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::conversation::Turn;
 use crate::convert::clipped;
 use crate::dispatch::{Command, Update};
 use crate::error::Error;
@@ -103,6 +104,7 @@ pub struct Generation {
     emitted: u32,
     /// A stop string matched: only the end is waited for.
     stopped: bool,
+    turn: Option<Turn>,
     metrics: Arc<Metrics>,
 }
 
@@ -141,8 +143,14 @@ impl Generation {
             worker: None,
             emitted: 0,
             stopped: false,
+            turn: None,
             metrics: start.metrics,
         }
+    }
+
+    /// The answer belongs to a conversation that is to know its ids.
+    pub fn answers(&mut self, turn: Turn) {
+        self.turn = Some(turn);
     }
 
     /// The worker that has it, once one has.
@@ -162,6 +170,9 @@ impl Generation {
                 Update::Placed(worker) => self.worker = Some(worker),
                 Update::Tokens { .. } if self.stopped => {}
                 Update::Tokens { first_index, ids, .. } => {
+                    if let Some(turn) = &mut self.turn {
+                        turn.push(&ids);
+                    }
                     let piece = self.tokens(first_index, ids);
                     if !self.stopped {
                         return Ok(piece);
@@ -172,6 +183,9 @@ impl Generation {
                 }
                 Update::Finished { end, worker, .. } => {
                     let end = self.end(end, worker)?;
+                    if let Some(turn) = self.turn.take() {
+                        turn.learn();
+                    }
                     let text = self.rest();
                     return Ok(Piece { first_index: self.emitted, ids: Vec::new(), text, end: Some(end) });
                 }
