@@ -65,9 +65,13 @@ pub async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
         let Chat { model, messages, tools, params } = Chat::parse(&body)?;
         let pool = app.fleet.pool(&model)?;
         meter.model.clone_from(&model);
-        let prompt = pool.encode_chat(messages, tools, body.len()).await?;
+        let (prompt, turn) = pool.encode_chat(messages, tools, body.len()).await?;
         let most = params.max_tokens.unwrap_or(0);
-        start(&pool, Kind::Chat, job(model, prompt, &params, most), &params, meter.arrived)
+        let mut started = start(&pool, Kind::Chat, job(model, prompt, &params, most), &params, meter.arrived)?;
+        if let Some(turn) = turn {
+            started.generation.answers(&turn);
+        }
+        Ok(started)
     };
     let started = started.await;
     finish(started, meter).await

@@ -10,6 +10,7 @@ use router_core::{FinishReason, RequestId, RowEnd, TokenLogprobs};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::conversation::Turn;
 use crate::convert::clipped;
 use crate::dispatch::{Command, Update};
 use crate::error::Error;
@@ -108,6 +109,8 @@ struct Choice {
     given: u32,
     last_token: Option<Instant>,
     ended: bool,
+    /// The conversation that is to know its ids.
+    turn: Option<Turn>,
 }
 
 /// A running request.
@@ -154,6 +157,7 @@ impl Generation {
             given: 0,
             last_token: None,
             ended: false,
+            turn: None,
         };
         let choices: Vec<Choice> = (0..job.n).map(choice).collect();
         Self {
@@ -168,6 +172,13 @@ impl Generation {
             worker: None,
             end: End { cached_tokens: u64::MAX, ..End::default() },
             metrics: start.metrics,
+        }
+    }
+
+    /// The answers belong to a conversation that is to know their ids.
+    pub fn answers(&mut self, turn: &Turn) {
+        for choice in &mut self.choices {
+            choice.turn = Some(turn.clone());
         }
     }
 
@@ -222,6 +233,9 @@ impl Generation {
         }
         self.clock(number, ids.len());
         let choice = self.choice(number)?;
+        if let Some(turn) = &mut choice.turn {
+            turn.push(ids);
+        }
         let mut logprobs = logprobs.into_iter();
         let mut given = Given::default();
         for id in ids {
@@ -283,6 +297,9 @@ impl Generation {
         choice.output.finish(&mut given);
         if choice.output.is_stopped() {
             finish = Finish::Stop;
+        } else if let Some(turn) = choice.turn.take() {
+            // What a stop string cut off is in no later turn.
+            turn.learn();
         }
         let drawn = if by_string { choice.output.drawn().into() } else { end.emitted.0 };
         let mut piece = self.piece(number, given)?;

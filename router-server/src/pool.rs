@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::conversation::{Conversations, Turn};
 use crate::convert::RowExtras;
 use crate::dispatch::{self, Arrival, COMMANDS, Command, Decided, PoolState, ROW_UPDATES, UPDATES};
 use crate::error::Error;
@@ -62,6 +63,7 @@ pub struct Pool {
 struct Text {
     tokenizer: Option<Arc<Tokenizer>>,
     template: Option<ChatTemplate>,
+    conversations: Arc<Conversations>,
 }
 
 /// What a pool is made with, beside its model.
@@ -147,11 +149,17 @@ impl Pool {
         }
         let most = self.most_tokens();
         self.text.check_length("prompt", &text, most)?;
-        self.blocking(text.len(), move |own| own.encode(&text, true)).await
+        let encoded = self.blocking(text.len(), move |own| own.encode(&text, true)).await;
+        encoded.map(|(ids, _)| ids)
     }
 
-    /// Ids of a conversation that came in so many bytes.
-    pub async fn encode_chat(&self, messages: Vec<Json>, tools: Option<Json>, bytes: usize) -> Result<Vec<u32>, Error> {
+    /// Ids of a conversation that came in so many bytes, and where the answer to it will stand.
+    pub async fn encode_chat(
+        &self,
+        messages: Vec<Json>,
+        tools: Option<Json>,
+        bytes: usize,
+    ) -> Result<(Vec<u32>, Option<Turn>), Error> {
         if self.text.tokenizer.is_none() || self.text.template.is_none() {
             return Err(Error::invalid("messages", "this model has no chat template: use /v1/completions"));
         }
@@ -168,11 +176,11 @@ impl Pool {
         .await
     }
 
-    async fn blocking(
+    async fn blocking<T: Send + 'static>(
         &self,
         bytes: usize,
-        work: impl FnOnce(&Text) -> Result<Vec<u32>, Error> + Send + 'static,
-    ) -> Result<Vec<u32>, Error> {
+        work: impl FnOnce(&Text) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
         let overloaded = |_| Error::Overloaded { retry_after: Duration::from_secs(1) };
         let _place = self.waiting.try_acquire().map_err(overloaded)?;
         // Big ones wait for each other before they take a place that a small one could have.
@@ -315,7 +323,7 @@ impl Text {
             warn!(%error, "the chat template cannot be used");
             None
         });
-        Ok(Self { tokenizer, template })
+        Ok(Self { tokenizer, template, conversations: Arc::default() })
     }
 
     /// Refuses what has more bytes than the longest tokens could stand for, without tokenising it.
@@ -329,8 +337,15 @@ impl Text {
         Ok(())
     }
 
-    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, Error> {
+    fn encode(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Option<Turn>), Error> {
         let tokenizer = self.tokenizer.as_ref().ok_or_else(|| Error::Internal("no tokenizer".into()))?;
-        tokenizer.encode(text, add_special_tokens).map_err(|error| Error::invalid("prompt", error.to_string()))
+        let encoded = match tokenizer.split() {
+            None => tokenizer.encode(text, add_special_tokens).map(|ids| (ids, None)),
+            Some(split) => self.conversations.encode(tokenizer, split, text).map(|(ids, turn)| {
+                let bare = !add_special_tokens || split.before.is_empty() && split.after.is_empty();
+                (if bare { ids } else { [&split.before, &ids, &split.after].map(Vec::as_slice).concat() }, turn)
+            }),
+        };
+        encoded.map_err(|error| Error::invalid("prompt", error.to_string()))
     }
 }

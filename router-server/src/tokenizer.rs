@@ -3,6 +3,9 @@
 use std::sync::Arc;
 
 use serde_json::Value as Json;
+use tokenizers::{Encoding, Token};
+
+use crate::boundaries::Boundaries;
 
 /// The sign that stands for bytes that are no character (yet).
 const REPLACEMENT: char = '\u{FFFD}';
@@ -14,6 +17,17 @@ const MOST_PENDING: usize = 32;
 pub struct Tokenizer {
     pub(crate) inner: tokenizers::Tokenizer,
     most_bytes: Option<usize>,
+    split: Option<Split>,
+}
+
+/// How a text is tokenised piece by piece: the ids of its pieces, one after the other, in this frame.
+pub struct Split {
+    /// Where it is cut.
+    pub boundaries: Boundaries,
+    /// Ids before those of a text with special tokens added.
+    pub before: Vec<u32>,
+    /// Ids after them.
+    pub after: Vec<u32>,
 }
 
 /// Why a tokenizer does not load or encode.
@@ -32,13 +46,67 @@ impl Tokenizer {
     pub fn from_json(bytes: &[u8]) -> Result<Self, TokenizerError> {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
         inner.with_truncation(None)?.with_padding(None);
-        let most_bytes = most_bytes(bytes, &inner);
-        Ok(Self { inner, most_bytes })
+        let shape: Option<Shape> = serde_json::from_slice(bytes).ok();
+        let most_bytes = shape.as_ref().and_then(|shape| most_bytes(shape, &inner));
+        let mut tokenizer = Self { inner, most_bytes, split: None };
+        tokenizer.split = shape.and_then(|shape| tokenizer.find_split(&shape));
+        Ok(tokenizer)
     }
 
     /// Most bytes of text that a token can stand for; `None` where that has no bound.
     pub fn most_bytes(&self) -> Option<usize> {
         self.most_bytes
+    }
+
+    /// How to tokenise a text in pieces; `None` if only the whole gives its ids.
+    pub fn split(&self) -> Option<&Split> {
+        self.split.as_ref()
+    }
+
+    /// Everything that the library does between two added tokens is a function of the text between them. What is left
+    /// to look at is chance, the frame, and, because the library is not ours, an example.
+    fn find_split(&self, shape: &Shape) -> Option<Split> {
+        let chance = [shape.model.dropout, shape.model.alpha];
+        if chance.iter().flatten().any(|chance| *chance > 0.0) {
+            return None;
+        }
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let boundaries = Boundaries::new(added.values())?;
+        let (before, after) = self.frame(true)?;
+        // Without special tokens the ids are to be the pieces' alone.
+        if self.frame(false)? != (Vec::new(), Vec::new()) {
+            return None;
+        }
+        let split = Split { boundaries, before, after };
+        let special: Vec<&str> =
+            added.values().filter(|token| token.special).map(|token| &*token.content).take(16).collect();
+        let example = format!("Hello {} world\n {}\u{e9} 12", special.join(" a,  b"), special.concat());
+        for add_special_tokens in [false, true] {
+            let whole = self.encode(&example, add_special_tokens).ok()?;
+            let mut pieced = Vec::new();
+            for piece in split.boundaries.pieces(&example) {
+                pieced.extend(self.encode(piece, false).ok()?);
+            }
+            if add_special_tokens {
+                pieced = [&split.before[..], &pieced, &split.after].concat();
+            }
+            if pieced != whole {
+                return None;
+            }
+        }
+        Some(split)
+    }
+
+    /// Ids that the post-processor puts before and after those of a text, if it does nothing else with them.
+    fn frame(&self, add_special_tokens: bool) -> Option<(Vec<u32>, Vec<u32>)> {
+        const TEXT: u32 = u32::MAX;
+        let text = Encoding::from_tokens(vec![Token::new(TEXT, String::new(), (0, 0))], 0);
+        let framed = self.inner.post_process(text, None, add_special_tokens).ok()?;
+        let mut parts = framed.get_ids().split(|id| *id == TEXT).map(<[u32]>::to_vec);
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(before), Some(after), None) => Some((before, after)),
+            _ => None,
+        }
     }
 
     /// Ids of a text. Slow for long texts: milliseconds, so not on an async thread.
@@ -53,13 +121,13 @@ impl Tokenizer {
     }
 
     /// Whether decoding leaves this id out wherever it stands.
-    fn silent(&self, id: u32) -> bool {
+    pub fn silent(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary();
         self.inner.id_to_token(id).is_none_or(|token| added.is_special_token(&token))
     }
 }
 
-/// What of a `tokenizer.json` may make text vanish or shrink.
+/// What of a `tokenizer.json` may make text vanish or shrink, or its ids a matter of chance.
 #[derive(serde::Deserialize)]
 struct Shape {
     #[serde(default)]
@@ -77,12 +145,15 @@ struct ModelShape {
     kind: String,
     #[serde(default)]
     byte_fallback: bool,
+    #[serde(default)]
+    dropout: Option<f64>,
+    #[serde(default)]
+    alpha: Option<f64>,
 }
 
 /// An upper bound, for tokenizers of which we know that every byte of the text is in some token: BPE over bytes or with
 /// all bytes to fall back on, and nothing before it that leaves text out.
-fn most_bytes(file: &[u8], tokenizer: &tokenizers::Tokenizer) -> Option<usize> {
-    let shape: Shape = serde_json::from_slice(file).ok()?;
+fn most_bytes(shape: &Shape, tokenizer: &tokenizers::Tokenizer) -> Option<usize> {
     let strips = |token: &Json| token["lstrip"] == true || token["rstrip"] == true;
     if shape.model.kind != "BPE" || shape.added_tokens.iter().any(strips) {
         return None;
