@@ -175,9 +175,9 @@ impl Generation {
                     let text = self.rest();
                     return Ok(Piece { first_index: self.emitted, ids: Vec::new(), text, end: Some(end) });
                 }
-                Update::Rejected(rejection) => {
+                Update::Rejected(error) => {
                     self.guard.armed = false;
-                    return Err(rejection.into());
+                    return Err(error);
                 }
                 Update::Overflow => {
                     self.guard.armed = false;

@@ -12,6 +12,7 @@ use clap::Parser;
 
 pub mod accept;
 pub mod answer;
+pub mod auth;
 pub mod body;
 pub mod cli;
 pub mod completions;
@@ -36,6 +37,7 @@ pub mod run;
 pub mod serve;
 pub mod stop;
 pub mod template;
+pub mod tokenize;
 pub mod tokenizer;
 pub mod up;
 
