@@ -12,8 +12,17 @@ use crate::error::Error;
 /// Longest a client may take to send its body.
 const BODY_TIME: Duration = Duration::from_secs(60);
 
+/// A page of another site can have a browser send texts and forms here unasked, but not JSON.
+fn is_json(kind: &str) -> bool {
+    kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+}
+
 /// The whole body, or what is wrong with it.
 pub async fn read(headers: &HeaderMap, body: Body, most: usize) -> Result<Bytes, Error> {
+    let kind = headers.get(header::CONTENT_TYPE).map(|kind| kind.to_str().unwrap_or("not ASCII"));
+    if let Some(other) = kind.filter(|kind| !is_json(kind)) {
+        return Err(Error::ContentType(other.chars().take(64).collect()));
+    }
     let encodings = headers.get_all(header::CONTENT_ENCODING).iter();
     if let Some(other) = encodings.into_iter().find(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
         return Err(Error::ContentEncoding(other.to_str().unwrap_or("not ASCII").chars().take(64).collect()));

@@ -105,12 +105,19 @@ pub struct ServeArgs {
     /// Longest a request may take.
     #[arg(long, env = "SCLS_ROUTER_REQUEST_TIMEOUT_SECS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     request_timeout_secs: u64,
+    /// Longest a request may wait to be begun; past that it is answered 408. Without it the time of the whole request.
+    #[arg(long, env = "SCLS_ROUTER_QUEUE_TIMEOUT_SECS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    queue_timeout_secs: Option<u64>,
     /// Largest HTTP body in bytes.
     #[arg(long, env = "SCLS_ROUTER_MAX_PAYLOAD_SIZE", default_value_t = 8 << 20, value_parser = at_least_one)]
     pub max_payload_size: usize,
     /// Folded into the names of all KV blocks; routers with different keys share no cache.
     #[arg(long, env = "SCLS_ROUTER_FLEET_KEY", default_value = "", hide_env_values = true)]
     fleet_key: String,
+    /// Keys of which clients must send one as `authorization: Bearer KEY`, separated by commas. Other users of the
+    /// machine can read a command line: the environment is the better place.
+    #[arg(long, env = "SCLS_ROUTER_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
     /// error, warn, info, debug or trace, or a filter like `router_server=debug`.
     #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
     pub log_level: String,
@@ -211,6 +218,7 @@ impl ServeArgs {
             },
             policy: name,
             timeout: Duration::from_secs(self.request_timeout_secs),
+            queue_timeout: self.queue_timeout_secs.map(Duration::from_secs),
             fleet_key: self.fleet_key.clone(),
         }
     }

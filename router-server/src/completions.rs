@@ -30,6 +30,7 @@ use crate::random::{random, random_id};
 use crate::request::{Chat, Completion, Params};
 
 const WORKER: HeaderName = HeaderName::from_static("x-scls-worker");
+const CACHED_TOKENS: HeaderName = HeaderName::from_static("x-scls-cached-tokens");
 /// Default limit of `/v1/completions`, as at OpenAI.
 const COMPLETION_TOKENS: u32 = 16;
 
@@ -173,6 +174,7 @@ async fn whole(answer: Answer, mut generation: Generation) -> Result<Response, E
     };
     let mut response = Json(answer.whole(&choices, &end)).into_response();
     name_worker(&mut response, end.worker.as_deref());
+    response.headers_mut().insert(CACHED_TOKENS, end.cached_tokens.into());
     Ok(response)
 }
 

@@ -3,13 +3,13 @@
 //! It knows which request waits on which channel and which worker hangs on which link; what runs where and when is the
 //! core's. It never waits for a client or a worker: a full channel costs the one at its other end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use router_core::{
-    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, Rejection, RequestId, RowEnd, RowId, RowKey,
+    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, RequestId, RowEnd, RowId, RowKey,
     Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, warn};
 
 use crate::convert::{self, RowExtras};
+use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::proto::router_message::Body as ToWorker;
 use crate::proto::{self, Resync};
@@ -116,7 +117,7 @@ pub enum Update {
         worker: Option<Arc<str>>,
     },
     /// Nothing of the request runs.
-    Rejected(Rejection),
+    Rejected(Error),
     /// The client did not keep up; nothing more comes.
     Overflow,
 }
@@ -190,6 +191,9 @@ struct Dispatcher {
     sessions: u64,
     clients: HashMap<RequestId, Client>,
     wake: Option<Micros>,
+    /// Longest a request may wait for its first plan to start, and by when those that came last must have begun.
+    queue_timeout: Option<Duration>,
+    begin_by: VecDeque<(Instant, RequestId)>,
     events: Vec<Event>,
     /// Rows to drop, by worker: of one flush they go in one message, so that many clients that leave at once do not fill
     /// a link.
@@ -204,6 +208,7 @@ struct Dispatcher {
 pub async fn run(
     scheduler: Scheduler,
     policy: &'static str,
+    queue_timeout: Option<Duration>,
     mut commands: mpsc::Receiver<Command>,
     state: Arc<PoolState>,
     metrics: Arc<Metrics>,
@@ -216,6 +221,8 @@ pub async fn run(
         sessions: 0,
         clients: HashMap::new(),
         wake: None,
+        queue_timeout,
+        begin_by: VecDeque::new(),
         events: Vec::new(),
         drops: Vec::new(),
         stale: false,
@@ -235,6 +242,7 @@ pub async fn run(
             dispatcher.take(command);
         }
         dispatcher.flush();
+        dispatcher.expire();
     }
 }
 
@@ -244,7 +252,8 @@ impl Dispatcher {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.wake.map(|at| self.start + Duration::from_micros(at.0))
+        let wake = self.wake.map(|at| self.start + Duration::from_micros(at.0));
+        wake.into_iter().chain(self.begin_by.front().map(|(by, _)| *by)).min()
     }
 
     fn take(&mut self, command: Command) {
@@ -256,6 +265,9 @@ impl Dispatcher {
                     rows_left: arrival.request.choices,
                 };
                 self.clients.insert(arrival.request.id, client);
+                if let Some(most) = self.queue_timeout {
+                    self.begin_by.push_back((Instant::now() + most, arrival.request.id));
+                }
                 self.events.push(Event::RequestArrived(arrival.request));
             }
             Command::Cancel(request, choice) => self.cancel(request, choice),
@@ -295,6 +307,23 @@ impl Dispatcher {
         if self.clients.contains_key(&request) {
             self.events.push(Event::Cancelled { request, choice });
         }
+    }
+
+    /// Gives up on requests that have waited too long for a plan with them to start.
+    fn expire(&mut self) {
+        let Some(most) = self.queue_timeout else { return };
+        let now = Instant::now();
+        while let Some((_, request)) = self.begin_by.front().copied().filter(|(by, _)| *by <= now) {
+            self.begin_by.pop_front();
+            let Some(client) = self.clients.get_mut(&request).filter(|_| !self.scheduler.has_begun(request)) else {
+                continue;
+            };
+            if let Some(updates) = client.updates.take() {
+                let _ = updates.try_send(Update::Rejected(Error::QueueTimeout(most)));
+            }
+            self.cancel(request, None);
+        }
+        self.flush();
     }
 
     fn join(&mut self, spec: WorkerSpec, session: Session, seat: oneshot::Sender<Seat>) {
@@ -433,7 +462,7 @@ impl Dispatcher {
             Action::Finish(row, end) => self.finish(row, end),
             Action::Reject(request, rejection) => {
                 if let Some(updates) = self.clients.remove(&request).and_then(|client| client.updates) {
-                    let _ = updates.try_send(Update::Rejected(rejection));
+                    let _ = updates.try_send(Update::Rejected(rejection.into()));
                 }
             }
             Action::WakeAt(at) => self.wake = Some(self.wake.map_or(at, |wake| wake.min(at))),

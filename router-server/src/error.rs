@@ -43,9 +43,21 @@ pub enum Error {
     /// The body is larger than the limit.
     #[error("the body is too large: more than {0} bytes")]
     TooLarge(usize),
+    /// The body is of a type that is not JSON.
+    #[error("the content-type is not supported: {0}\nsend application/json")]
+    ContentType(String),
     /// The body is packed.
     #[error("the content-encoding is not supported: {0}\nsend the body as it is")]
     ContentEncoding(String),
+    /// No API key, or a wrong one.
+    #[error("{0}")]
+    Unauthorized(&'static str),
+    /// Not for those who ask from there.
+    #[error("{0}")]
+    Forbidden(&'static str),
+    /// Nothing of the request was begun in time.
+    #[error("the request waited longer than {} s to be begun", .0.as_secs_f64())]
+    QueueTimeout(Duration),
     /// The client took too long to send its request.
     #[error("the request did not arrive in time")]
     SlowRequest,
@@ -76,6 +88,9 @@ pub enum Error {
     /// The path exists, not with this method.
     #[error("the method is not allowed here: {0}")]
     MethodNotAllowed(String),
+    /// An endpoint of other servers.
+    #[error("not offered by this server: {0}")]
+    NotOffered(String),
     /// A bug of ours.
     #[error("internal error: {0}")]
     Internal(String),
@@ -104,8 +119,11 @@ impl Error {
             Self::Invalid { .. } | Self::Unsupported { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
             Self::UnknownModel(_) | Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::ContentEncoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::SlowRequest | Self::SlowClient => StatusCode::REQUEST_TIMEOUT,
+            Self::ContentType(_) | Self::ContentEncoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Unauthorized(_) => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::NotOffered(_) => StatusCode::NOT_IMPLEMENTED,
+            Self::QueueTimeout(_) | Self::SlowRequest | Self::SlowClient => StatusCode::REQUEST_TIMEOUT,
             Self::NoWorker | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
             Self::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::WorkerFailed(_) => StatusCode::BAD_GATEWAY,
@@ -122,13 +140,16 @@ impl Error {
             | Self::Unsupported { .. }
             | Self::ContextLength { .. }
             | Self::TooLarge(_)
+            | Self::ContentType(_)
             | Self::ContentEncoding(_) => tonic::Code::InvalidArgument,
             Self::UnknownModel(_) | Self::NotFound(_) => tonic::Code::NotFound,
             Self::SlowRequest | Self::SlowClient => tonic::Code::Aborted,
             Self::NoWorker | Self::Draining | Self::WorkerFailed(_) => tonic::Code::Unavailable,
-            Self::Overloaded { .. } => tonic::Code::ResourceExhausted,
+            Self::Overloaded { .. } | Self::QueueTimeout(_) => tonic::Code::ResourceExhausted,
+            Self::Unauthorized(_) => tonic::Code::Unauthenticated,
+            Self::Forbidden(_) => tonic::Code::PermissionDenied,
             Self::Timeout(_) => tonic::Code::DeadlineExceeded,
-            Self::MethodNotAllowed(_) => tonic::Code::Unimplemented,
+            Self::MethodNotAllowed(_) | Self::NotOffered(_) => tonic::Code::Unimplemented,
             Self::Internal(_) => tonic::Code::Internal,
         }
     }
@@ -141,7 +162,12 @@ impl Error {
             Self::ContextLength { .. } => "context_length_exceeded",
             Self::UnknownModel(_) => "model_not_found",
             Self::TooLarge(_) => "body_too_large",
+            Self::ContentType(_) => "unsupported_content_type",
             Self::ContentEncoding(_) => "unsupported_content_encoding",
+            Self::Unauthorized(_) => "invalid_api_key",
+            Self::Forbidden(_) => "forbidden",
+            Self::NotOffered(_) => "not_offered",
+            Self::QueueTimeout(_) => "queue_timeout",
             Self::SlowRequest | Self::Timeout(_) => "timeout",
             Self::NoWorker => "no_ready_worker",
             Self::Draining => "shutting_down",
@@ -192,6 +218,9 @@ impl IntoResponse for Error {
         let mut response = (self.status(), Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after() {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self, Self::Unauthorized(_)) {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

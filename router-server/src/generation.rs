@@ -204,9 +204,9 @@ impl Generation {
                     }
                 }
                 Update::Finished { row, end, worker } => return self.finished(row.choice, end, worker),
-                Update::Rejected(rejection) => {
+                Update::Rejected(error) => {
                     self.guard.armed = false;
-                    return Err(rejection.into());
+                    return Err(error);
                 }
                 Update::Overflow => {
                     self.guard.armed = false;

@@ -1,5 +1,6 @@
 //! The HTTP side: routes, and all that is not a generation.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,9 +11,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use futures::FutureExt;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use crate::auth::{Keys, check_local};
 use crate::completions::{chat, completions};
 use crate::dispatch::Decided;
 use crate::error::Error;
@@ -20,8 +23,10 @@ use crate::fleet::Fleet;
 use crate::pool::Pool;
 use crate::proto;
 use crate::random::random_id;
+use crate::tokenize::{detokenize, tokenize};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const CORRELATION_ID: HeaderName = HeaderName::from_static("x-correlation-id");
 
 /// What the handlers share.
 pub struct App {
@@ -29,6 +34,8 @@ pub struct App {
     pub fleet: Arc<Fleet>,
     /// Largest body.
     pub most_payload: usize,
+    /// Who may ask.
+    pub keys: Keys,
     draining: AtomicBool,
     /// Requests that generate.
     busy: watch::Sender<usize>,
@@ -44,9 +51,9 @@ impl Drop for Busy {
 }
 
 impl App {
-    /// Over a fleet, taking requests.
-    pub fn new(fleet: Arc<Fleet>, most_payload: usize) -> Self {
-        Self { fleet, most_payload, draining: AtomicBool::new(false), busy: watch::Sender::new(0) }
+    /// Over a fleet, taking requests of those who have one of the keys.
+    pub fn new(fleet: Arc<Fleet>, most_payload: usize, keys: Keys) -> Self {
+        Self { fleet, most_payload, keys, draining: AtomicBool::new(false), busy: watch::Sender::new(0) }
     }
 
     /// From now on new requests are refused.
@@ -80,48 +87,118 @@ impl App {
     }
 }
 
+/// Endpoints that other servers have, each with all below it: who asks for one of these has no typing error.
+const NOT_OFFERED: [&str; 24] = [
+    "/classify",
+    "/generate",
+    "/invocations",
+    "/pooling",
+    "/rerank",
+    "/score",
+    "/v1/assistants",
+    "/v1/audio",
+    "/v1/batches",
+    "/v1/classify",
+    "/v1/embeddings",
+    "/v1/files",
+    "/v1/fine_tuning",
+    "/v1/images",
+    "/v1/messages",
+    "/v1/moderations",
+    "/v1/realtime",
+    "/v1/rerank",
+    "/v1/responses",
+    "/v1/score",
+    "/v1/threads",
+    "/v1/uploads",
+    "/v1/vector_stores",
+    "/v2/rerank",
+];
+
 /// The public routes.
 pub fn public(app: Arc<App>) -> Router {
-    let routes = Router::new()
+    let guarded = Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/models", get(models))
-        .route("/v1/models/{*name}", get(model));
-    common(routes, app)
+        .route("/v1/models/{*name}", get(model))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), require_key));
+    answering(common(guarded), app)
 }
 
-/// The routes of the admin listener.
+/// The routes of the admin listener, which is on loopback.
 pub fn admin(app: Arc<App>) -> Router {
-    common(Router::new().route("/workers", get(workers)).route("/decisions", get(decisions)), app)
+    let routes = Router::new().route("/workers", get(workers)).route("/decisions", get(decisions));
+    answering(common(routes).layer(middleware::from_fn(require_local)), app)
 }
 
-fn common(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
+/// With what every listener answers.
+fn common(routes: Router<Arc<App>>) -> Router<Arc<App>> {
+    let health = || get(|| async { Json(json!({"status": "ok"})) });
+    let health_names = ["/health", "/healthz", "/live", "/liveness"];
+    let ready_names = ["/ready", "/readyz", "/readiness"];
+    let routes = health_names.iter().fold(routes, |routes, name| routes.route(name, health()));
+    let routes = ready_names.iter().fold(routes, |routes, name| routes.route(name, get(ready)));
     routes
-        .route("/health", get(|| async { Json(json!({"status": "ok"})) }))
-        .route("/ready", get(ready))
         .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
         .route("/metrics", get(metrics))
-        .fallback(|uri: Uri| async move { Error::NotFound(uri.path().to_owned()) })
+        .fallback(not_found)
         .method_not_allowed_fallback(|method: Method| async move { Error::MethodNotAllowed(method.to_string()) })
-        .layer(middleware::from_fn(echo_request_id))
-        .with_state(app)
+}
+
+/// Whatever happens there is an answer, and it has the ids of its request.
+fn answering(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
+    routes.layer(middleware::from_fn(catch_panic)).layer(middleware::from_fn(echo_ids)).with_state(app)
+}
+
+async fn not_found(uri: Uri) -> Error {
+    let path = uri.path();
+    let below = |known: &&str| path.strip_prefix(*known).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    match NOT_OFFERED.into_iter().find(below) {
+        Some(known) => Error::NotOffered(known.to_owned()),
+        None => Error::NotFound(path.chars().take(256).collect()),
+    }
 }
 
 /// Every answer names its request: as the client did, or anew.
-async fn echo_request_id(request: Request, next: Next) -> Response {
-    let given = request.headers().get(REQUEST_ID).filter(|id| {
-        let bytes = id.as_bytes();
-        (1..=128).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
-    });
-    let id = given.cloned().or_else(|| HeaderValue::from_str(&random_id()).ok());
+async fn echo_ids(request: Request, next: Next) -> Response {
+    let id = id_in(&request, &REQUEST_ID).or_else(|| HeaderValue::from_str(&random_id()).ok());
+    let correlation = id_in(&request, &CORRELATION_ID);
     let mut response = next.run(request).await;
-    if let Some(id) = id {
-        response.headers_mut().insert(REQUEST_ID, id);
+    for (name, id) in [(REQUEST_ID, id), (CORRELATION_ID, correlation)] {
+        if let Some(id) = id {
+            response.headers_mut().insert(name, id);
+        }
     }
     response
 }
 
-/// 200 once a worker takes requests; all workers either way, so that one sees what is missing.
+/// An id that a client gave, if it is one.
+fn id_in(request: &Request, name: &HeaderName) -> Option<HeaderValue> {
+    let id = request.headers().get(name)?;
+    let good = (1..=128).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    good.then(|| id.clone())
+}
+
+async fn require_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Result<Response, Error> {
+    app.keys.check(request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes))?;
+    Ok(next.run(request).await)
+}
+
+async fn require_local(request: Request, next: Next) -> Result<Response, Error> {
+    check_local(request.uri(), request.version(), request.headers())?;
+    Ok(next.run(request).await)
+}
+
+/// A bug in a handler costs its request, and is answered like any other error.
+async fn catch_panic(request: Request, next: Next) -> Response {
+    let answer = AssertUnwindSafe(next.run(request)).catch_unwind().await;
+    // What it said is in the log already, and is nobody else's.
+    answer.unwrap_or_else(|_| Error::Internal("a bug in the router, see its log".into()).into_response())
+}
+
 /// Whether requests are taken. Addresses and loads of workers are for the admin listener.
 async fn ready(State(app): State<Arc<App>>) -> Response {
     if app.is_ready() {
@@ -193,4 +270,59 @@ async fn model(State(app): State<Arc<App>>, name: Name) -> Result<Json<Value>, E
 fn describe(name: &str, pool: &Pool) -> Value {
     let most = pool.most_tokens().0;
     json!({"id": name, "object": "model", "created": pool.created, "owned_by": "scls", "max_model_len": most})
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::StatusCode;
+    use router_core::{Config, PolicyName};
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::metrics::Metrics;
+    use crate::pool::PoolConfig;
+
+    fn app() -> Arc<App> {
+        let config = PoolConfig {
+            scheduler: Config { policy: PolicyName::Product, slice_len: 16, seed: 0, max_rows: 1 },
+            policy: "product",
+            timeout: std::time::Duration::from_secs(1),
+            queue_timeout: None,
+            fleet_key: String::new(),
+        };
+        Arc::new(App::new(Fleet::new(config, Arc::new(Metrics::default())), 1 << 20, Keys::default()))
+    }
+
+    async fn ask(routes: &Router, path: &str) -> (StatusCode, Value, Response<()>) {
+        let request = Request::builder().uri(path).body(Body::empty()).expect("a request");
+        let (head, body) = routes.clone().oneshot(request).await.expect("an answer").into_parts();
+        let body = axum::body::to_bytes(body, 1 << 20).await.expect("a body");
+        (head.status, serde_json::from_slice(&body).unwrap_or_default(), Response::from_parts(head, ()))
+    }
+
+    #[tokio::test]
+    async fn a_bug_is_an_answer_and_the_next_request_works() {
+        let bug = || async { Json(json!(Vec::<u32>::new().iter().max().expect("the secret of the prompt"))) };
+        let routes = answering(common(Router::new().route("/bug", get(bug))), app());
+        let (status, body, head) = ask(&routes, "/bug").await;
+        assert_eq!((status.as_u16(), &body["error"]["type"]), (500, &json!("server_error")));
+        assert!(!body.to_string().contains("secret"), "{body}");
+        assert!(head.headers().contains_key(REQUEST_ID));
+        assert_eq!(ask(&routes, "/health").await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn what_others_offer_is_told_from_what_nobody_does() {
+        let routes = public(app());
+        for path in
+            ["/v1/embeddings", "/v1/responses/5/cancel", "/v1/audio/speech", "/v1/images/generations", "/rerank"]
+        {
+            let (status, body, _) = ask(&routes, path).await;
+            assert_eq!((status.as_u16(), &body["error"]["code"]), (501, &json!("not_offered")), "{path}");
+        }
+        for path in ["/v1/embedding", "/v1/responses5", "/v1", "/"] {
+            assert_eq!(ask(&routes, path).await.0, StatusCode::NOT_FOUND, "{path}");
+        }
+    }
 }

@@ -12,6 +12,7 @@ use clap::Parser;
 
 pub mod accept;
 pub mod answer;
+pub mod auth;
 pub mod body;
 pub mod boundaries;
 pub mod cli;
@@ -41,6 +42,7 @@ pub mod sampling;
 pub mod serve;
 pub mod stop;
 pub mod template;
+pub mod tokenize;
 pub mod tokenizer;
 pub mod up;
 

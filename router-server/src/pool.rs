@@ -75,6 +75,8 @@ pub struct PoolConfig {
     pub policy: &'static str,
     /// Longest a request may take.
     pub timeout: Duration,
+    /// Longest a request may wait to be begun; `None` is no limit of its own.
+    pub queue_timeout: Option<Duration>,
     /// Folded into the root of all block hashes.
     pub fleet_key: String,
 }
@@ -100,8 +102,8 @@ impl Pool {
         let (commands, receiver) = mpsc::channel(COMMANDS);
         let state = Arc::new(PoolState::default());
         let scheduler = Scheduler::new(model.clone(), config.scheduler.clone());
-        let task = dispatch::run(scheduler, config.policy, receiver, Arc::clone(&state), Arc::clone(&metrics));
-        tokio::spawn(task);
+        let (of_state, of_metrics) = (Arc::clone(&state), Arc::clone(&metrics));
+        tokio::spawn(dispatch::run(scheduler, config.policy, config.queue_timeout, receiver, of_state, of_metrics));
         let root = hash_root(&[&config.fleet_key, &model.digest, "", ""]);
         info!(model = names[0], digest = model.digest, "pool");
         Ok(Arc::new(Self {
@@ -174,6 +176,23 @@ impl Pool {
             own.encode(&text, false)
         })
         .await
+    }
+
+    /// Text of ids, special tokens written out.
+    pub async fn decode(&self, ids: Vec<u32>) -> Result<String, Error> {
+        self.check_ids("tokens", &ids)?;
+        let most = self.most_tokens();
+        if ids.len() as u64 > most.0 {
+            let message = format!("too long for the context of {most}: {} tokens", ids.len());
+            return Err(Error::ContextLength { message, param: "tokens" });
+        }
+        self.blocking(size_of_val(&*ids), move |own| Ok(own.tokenizer()?.decode_all(&ids))).await
+    }
+
+    /// How the vocabulary writes each of these ids.
+    pub async fn token_strings(&self, ids: Vec<u32>) -> Result<Vec<String>, Error> {
+        let strings = move |tokenizer: &Tokenizer| ids.iter().map(|id| tokenizer.token(*id)).collect();
+        self.blocking(0, move |own| own.tokenizer().map(|tokenizer| strings(tokenizer))).await
     }
 
     async fn blocking<T: Send + 'static>(
@@ -324,6 +343,10 @@ impl Text {
             None
         });
         Ok(Self { tokenizer, template, conversations: Arc::default() })
+    }
+
+    fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.tokenizer.as_deref().ok_or_else(|| Error::invalid("model", "this model has no tokenizer"))
     }
 
     /// Refuses what has more bytes than the longest tokens could stand for, without tokenising it.

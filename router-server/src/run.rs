@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tracing_subscriber::EnvFilter;
 
+use crate::auth::Keys;
 use crate::cli::{Command, ServeArgs, UpArgs};
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
@@ -74,11 +75,12 @@ fn check_model(directory: &Path) -> Result<(), String> {
 }
 
 async fn serve_urls(args: &ServeArgs, urls: Vec<String>) -> Result<(), String> {
+    let keys = api_keys(args)?;
     let (fleet, listeners, signals) = prepare(args).await?;
     for url in urls {
         fleet.add(url);
     }
-    let served = serve(fleet, args.max_payload_size, listeners, signals.first);
+    let served = serve(fleet, args.max_payload_size, keys, listeners, signals.first);
     tokio::select! {
         served = served => served.map_err(|error| error.to_string()),
         () = signals.second => Err(AT_ONCE.into()),
@@ -86,6 +88,7 @@ async fn serve_urls(args: &ServeArgs, urls: Vec<String>) -> Result<(), String> {
 }
 
 async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
+    let keys = api_keys(args)?;
     let (fleet, listeners, signals) = prepare(args).await?;
     let (up, mut failures) = Up::start(workers, &fleet);
     let mut failure = None;
@@ -96,7 +99,7 @@ async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
         }
     };
     let all = async {
-        let served = serve(fleet, args.max_payload_size, listeners, stop).await;
+        let served = serve(fleet, args.max_payload_size, keys, listeners, stop).await;
         // Workers live until the requests that need them are done.
         up.end().await;
         served
@@ -151,6 +154,11 @@ async fn prepare(args: &ServeArgs) -> Result<(Arc<Fleet>, Listeners, Signals), S
     let signals = Signals::listen()?;
     announce(&listeners).map_err(|error| format!("cannot write to stdout: {error}"))?;
     Ok((fleet, listeners, signals))
+}
+
+fn api_keys(args: &ServeArgs) -> Result<Keys, String> {
+    let keys = args.api_key.as_deref().map(Keys::parse).transpose();
+    keys.map(Option::unwrap_or_default).map_err(|error| format!("--api-key: {error}"))
 }
 
 async fn bind(flag: &str, host: &str, port: u16) -> Result<TcpListener, String> {

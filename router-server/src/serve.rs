@@ -8,11 +8,13 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::TcpIncoming;
 use tonic_reflection::server::{v1, v1alpha};
 use tracing::{info, warn};
 
 use crate::accept::{self, end_within, told};
+use crate::auth::Keys;
 use crate::fleet::Fleet;
 use crate::grpc::Service;
 use crate::http::{self, App};
@@ -54,10 +56,11 @@ pub enum ServeError {
 pub async fn serve(
     fleet: Arc<Fleet>,
     most_payload: usize,
+    keys: Keys,
     listeners: Listeners,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let app = Arc::new(App::new(Arc::clone(&fleet), most_payload));
+    let app = Arc::new(App::new(Arc::clone(&fleet), most_payload, keys));
     let (stop, stopped) = watch::channel(false);
     // Admin answers to the very end, so that a drain can be watched.
     let (stop_admin, admin_stopped) = watch::channel(false);
@@ -110,13 +113,20 @@ pub(crate) fn reflection_alpha() -> Reflected<v1alpha::ServerReflectionServer<im
 async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<bool>) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     let watching = tokio::spawn(report_health(Arc::clone(&app), health));
-    let service = RouterServer::new(Service::new(app));
+    let service = RouterServer::new(Service::new(Arc::clone(&app)));
+    let service = service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE);
+    // Health and reflection are open, as they are over HTTP.
+    let service = InterceptedService::new(service, move |request: tonic::Request<()>| {
+        let given = request.metadata().get("authorization").map(|value| value.as_bytes());
+        app.keys.check(given)?;
+        Ok(request)
+    });
     let served = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .add_service(health_service)
         .add_service(reflection()?)
         .add_service(reflection_alpha()?)
-        .add_service(service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE))
+        .add_service(service)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), told(stopped))
         .await;
     watching.abort();

@@ -120,6 +120,16 @@ impl Tokenizer {
         self.inner.decode(ids, true).unwrap_or_default()
     }
 
+    /// Text of ids, special tokens written out.
+    pub fn decode_all(&self, ids: &[u32]) -> String {
+        self.inner.decode(ids, false).unwrap_or_default()
+    }
+
+    /// How the vocabulary writes an id; nothing for one that it does not have.
+    pub fn token(&self, id: u32) -> String {
+        self.inner.id_to_token(id).unwrap_or_default()
+    }
+
     /// Whether decoding leaves this id out wherever it stands.
     pub fn silent(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary();

@@ -11,6 +11,7 @@ use router_core::{
 };
 use router_server::convert::RowExtras;
 use router_server::dispatch::{self, Arrival, Command, PoolState, Seat, Update};
+use router_server::error::Error;
 use router_server::metrics::Metrics;
 use router_server::proto;
 use router_server::proto::router_message::Body;
@@ -38,11 +39,16 @@ fn model() -> ModelSpec {
 
 impl Pool {
     fn start() -> Self {
+        Self::with_queue_timeout(None)
+    }
+
+    fn with_queue_timeout(most: Option<Duration>) -> Self {
         let config = Config { policy: PolicyName::Product, slice_len: 1000, seed: 0, max_rows: 100 };
         let (commands, receiver) = mpsc::channel(100);
         let state = Arc::new(PoolState::default());
         let scheduler = Scheduler::new(model(), config);
-        tokio::spawn(dispatch::run(scheduler, "product", receiver, Arc::clone(&state), Arc::new(Metrics::default())));
+        let metrics = Arc::new(Metrics::default());
+        tokio::spawn(dispatch::run(scheduler, "product", most, receiver, Arc::clone(&state), metrics));
         Self { commands, state }
     }
 
@@ -217,4 +223,28 @@ async fn cancels_of_one_moment_are_one_message() {
         }
     }
     assert_eq!(dropped, [8]);
+}
+
+#[tokio::test]
+async fn a_request_that_is_not_begun_in_time_is_given_up_and_one_that_is_runs_on() {
+    let most = Duration::from_millis(200);
+    let pool = Pool::with_queue_timeout(Some(most));
+    let mut worker = pool.join(100).await;
+    // The first is in the plan that starts on arrival; the second in the plan behind it, which does not start.
+    let mut first = pool.arrive(1, 100).await;
+    let key = worker.row().await;
+    let mut second = pool.arrive(2, 100).await;
+    worker.row().await;
+    let update = loop {
+        match second.recv().await.unwrap() {
+            Update::Placed(_) => {}
+            other => break other,
+        }
+    };
+    assert!(matches!(update, Update::Rejected(Error::QueueTimeout(waited)) if waited == most), "{update:?}");
+    assert!(worker.is_told_to_drop().await);
+    tokio::time::sleep(2 * most).await;
+    worker.draw(key, 0).await;
+    assert!(matches!(first.recv().await.unwrap(), Update::Placed(_)));
+    assert!(matches!(first.recv().await.unwrap(), Update::Tokens { first_index: 0, .. }));
 }

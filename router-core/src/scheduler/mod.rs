@@ -187,6 +187,13 @@ impl Scheduler {
         self.rows.len()
     }
 
+    /// Whether a plan with a row of this request has started, or a row of it has ended.
+    pub fn has_begun(&self, request: RequestId) -> bool {
+        let Some(choices) = self.requests.get(&request) else { return true };
+        let mut rows = (0..choices.made).map(|choice| self.rows.get(&RowId { request, choice }));
+        rows.any(|row| row.is_none_or(|row| row.slices > 0))
+    }
+
     /// Memory of the prefix index, estimated.
     pub fn index_bytes(&self) -> Bytes {
         self.index.bytes()

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use router_core::{Config, PolicyName};
+use router_server::auth::Keys;
 use router_server::fleet::Fleet;
 use router_server::metrics::Metrics;
 use router_server::mock::{self, MockArgs};
@@ -69,12 +70,17 @@ pub fn config() -> PoolConfig {
         scheduler: Config { policy: PolicyName::Product, slice_len: 16, seed: 0, max_rows: 1000 },
         policy: "product",
         timeout: Duration::from_secs(60),
+        queue_timeout: None,
         fleet_key: String::new(),
     }
 }
 
 impl Router {
     pub async fn start(urls: &[&str], config: PoolConfig) -> Self {
+        Self::with_keys(urls, config, Keys::default()).await
+    }
+
+    pub async fn with_keys(urls: &[&str], config: PoolConfig, keys: Keys) -> Self {
         let fleet = Fleet::new(config, Arc::new(Metrics::default()));
         for url in urls {
             fleet.add((*url).to_owned());
@@ -89,7 +95,7 @@ impl Router {
             let stopped = async {
                 let _ = stopped.await;
             };
-            serve(fleet, 1 << 20, listeners, stopped).await.unwrap();
+            serve(fleet, 1 << 20, keys, listeners, stopped).await.unwrap();
         });
         Self { http, grpc, admin, stop: Some(stop), task }
     }
@@ -191,7 +197,7 @@ impl Answer {
 pub async fn send(to: SocketAddr, method: &str, path: &str, body: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(to).await.unwrap();
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -200,7 +206,10 @@ pub async fn send(to: SocketAddr, method: &str, path: &str, body: &[u8]) -> TcpS
 }
 
 pub async fn request(to: SocketAddr, method: &str, path: &str, body: &[u8]) -> Answer {
-    let mut stream = send(to, method, path, body).await;
+    answered(send(to, method, path, body).await).await
+}
+
+pub async fn answered(mut stream: TcpStream) -> Answer {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await.unwrap();
     let text = String::from_utf8(bytes).unwrap();
