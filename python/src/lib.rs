@@ -1,5 +1,8 @@
 //! The Python binding: converts, releases the interpreter, calls, maps the error.
 
+use std::ffi::OsString;
+use std::path::PathBuf;
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -36,10 +39,11 @@ fn hash_blocks(py: Python<'_>, hash_root: u64, ids: Ids<'_>, block_size: u32) ->
     Ok(hashes.into_iter().map(|hash| hash.0).collect())
 }
 
-/// Runs the command line; the same program as the cargo binary.
+/// Runs the command line; the same program as the cargo binary, but that workers of `up` run in this `python`.
 #[pyfunction]
-fn main(py: Python<'_>, args: Vec<String>) -> u8 {
-    py.detach(|| router_server::exit_code_from(args.into_iter().map(Into::into)))
+#[pyo3(signature = (args, python = None))]
+fn main(py: Python<'_>, args: Vec<OsString>, python: Option<PathBuf>) -> u8 {
+    py.detach(|| router_server::exit_code_from(args, python))
 }
 
 #[pymodule]

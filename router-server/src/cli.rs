@@ -1,11 +1,13 @@
-//! The command line: flags with their environment twins, turned once into checked values.
+//! The command line: each flag with its environment twin, default, check and help, once. What a configuration file may
+//! hold follows from it (`config.rs`), so a new setting is one field of [`ServeArgs`] or [`UpArgs`]: it needs `long` and
+//! `env`, a bool `num_args = 0..=1` as `log_json` has it, and a secret `hide_env_values`.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::http::Uri;
 use clap::builder::BoolishValueParser;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use router_core::{Config, PolicyName};
 use tracing_subscriber::EnvFilter;
 
@@ -13,8 +15,11 @@ use crate::mock::MockArgs;
 use crate::pool::PoolConfig;
 
 /// Product routing and slice-level scheduling of LLM inference.
+///
+/// A setting comes from its flag, else its environment variable (an empty one counts as not set), else the configuration
+/// file, else its default. Exit codes: 0 done, 1 failed, 2 a wrong flag or setting.
 #[derive(Debug, Parser)]
-#[command(name = "scls-router", version, arg_required_else_help = true)]
+#[command(name = "scls-router", bin_name = "scls-router", version, arg_required_else_help = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -27,9 +32,9 @@ pub enum Command {
     /// Serve over workers that run already.
     #[command(args_override_self = true)]
     Serve {
-        /// Workers: `grpc://host:port` or `http://host:port`, separated by spaces or commas.
-        #[arg(long, env = "SCLS_ROUTER_WORKER_URLS", num_args = 1.., required = true, value_parser = worker_urls)]
-        worker_urls: Vec<Urls>,
+        /// The workers.
+        #[command(flatten)]
+        workers: UrlArgs,
         /// All else.
         #[command(flatten)]
         serve: ServeArgs,
@@ -54,75 +59,156 @@ pub enum Command {
         #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
         log_level: String,
     },
+    /// Ask a running router or worker whether it is ready: exit code 0 if it is, else 1.
+    #[command(args_override_self = true)]
+    Health(HealthArgs),
+    /// Show or check the settings of `serve` and `up`, without serving.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Print the version.
     Version,
+}
+
+/// What to do with the settings.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Print the settings in force, as a configuration file; secrets are left out.
+    #[command(args_override_self = true)]
+    Show {
+        /// Say where each value comes from.
+        #[arg(long)]
+        origin: bool,
+        /// The settings.
+        #[command(flatten)]
+        all: AllArgs,
+    },
+    /// Say whether all settings are valid, and what `serve` and `up` still need.
+    #[command(args_override_self = true)]
+    Check {
+        /// The settings.
+        #[command(flatten)]
+        all: AllArgs,
+    },
+}
+
+/// Where a configuration file is.
+#[derive(Debug, Args)]
+pub struct FileArgs {
+    /// Configuration file, .toml or .yaml: keys are the long flags, like `slice_len` or `slice-len`.
+    #[arg(long, env = "SCLS_ROUTER_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Where the router listens for HTTP.
+#[derive(Debug, Args)]
+pub struct HttpArgs {
+    /// Address of the HTTP and gRPC listeners.
+    #[arg(long, help_heading = "Listeners", env = "SCLS_ROUTER_HOST", default_value = "127.0.0.1")]
+    pub host: String,
+    /// HTTP port; 0 picks a free one, as for the other ports.
+    #[arg(long, help_heading = "Listeners", env = "SCLS_ROUTER_PORT", default_value_t = 30000)]
+    pub port: u16,
+}
+
+/// Flags of `health`.
+#[derive(Debug, Args)]
+pub struct HealthArgs {
+    /// Whom to ask: `http://host:port` a router, `grpc://host:port` a router or a worker; if not given, the router
+    /// with the same settings on this machine.
+    #[arg(long, value_parser = worker_url)]
+    pub url: Option<String>,
+    /// Longest to wait for the answer.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub timeout_secs: u64,
+    /// Settings may be in a file.
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// Where that router listens.
+    #[command(flatten)]
+    pub http: HttpArgs,
+}
+
+/// Flags of `serve` alone.
+#[derive(Debug, Args)]
+pub struct UrlArgs {
+    /// Workers: `grpc://host:port` or `http://host:port`, separated by spaces or commas.
+    #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_WORKER_URLS", num_args = 1.., required = true, value_parser = worker_urls)]
+    pub worker_urls: Vec<Urls>,
 }
 
 /// Flags of `up` alone.
 #[derive(Debug, Args)]
 pub struct UpArgs {
     /// Directory of the model.
-    #[arg(long, alias = "model-path", env = "SCLS_ROUTER_MODEL")]
+    #[arg(long, alias = "model-path", help_heading = "Workers", env = "SCLS_ROUTER_MODEL")]
     pub model: PathBuf,
     /// How many workers.
-    #[arg(long, env = "SCLS_ROUTER_WORKERS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_WORKERS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub workers: u32,
-    /// The Python that has `scls_worker`.
-    #[arg(long, env = "SCLS_ROUTER_PYTHON", default_value = "python3")]
-    pub python: PathBuf,
+    /// The Python that has `scls_worker`; if not given, the one that runs this program, else `python3`.
+    #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_PYTHON")]
+    pub python: Option<PathBuf>,
     /// More arguments for the workers, separated by spaces.
-    #[arg(long, env = "SCLS_ROUTER_WORKER_ARGS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        help_heading = "Workers",
+        env = "SCLS_ROUTER_WORKER_ARGS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     pub worker_args: String,
 }
 
 /// Flags of everything that serves.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Address of the HTTP and gRPC listeners.
-    #[arg(long, env = "SCLS_ROUTER_HOST", default_value = "127.0.0.1")]
-    pub host: String,
-    /// HTTP port; 0 picks a free one, as for the other ports.
-    #[arg(long, env = "SCLS_ROUTER_PORT", default_value_t = 30000)]
-    pub port: u16,
+    /// Settings may be in a file.
+    #[command(flatten)]
+    pub file: FileArgs,
+    /// The HTTP listener.
+    #[command(flatten)]
+    pub http: HttpArgs,
     /// gRPC port.
-    #[arg(long, env = "SCLS_ROUTER_GRPC_PORT", default_value_t = 30001)]
+    #[arg(long, help_heading = "Listeners", env = "SCLS_ROUTER_GRPC_PORT", default_value_t = 30001)]
     pub grpc_port: u16,
     /// Port of metrics and administration, on loopback.
-    #[arg(long, env = "SCLS_ROUTER_ADMIN_PORT", default_value_t = 29000)]
+    #[arg(long, help_heading = "Listeners", env = "SCLS_ROUTER_ADMIN_PORT", default_value_t = 29000)]
     pub admin_port: u16,
     /// How a worker is chosen.
-    #[arg(long, env = "SCLS_ROUTER_POLICY", value_enum, default_value_t = Policy::Product)]
+    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_POLICY", value_enum, default_value_t = Policy::Product)]
     policy: Policy,
     /// S: most iterations of a slice.
-    #[arg(long, env = "SCLS_ROUTER_SLICE_LEN", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SLICE_LEN", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     slice_len: u32,
     /// Seed of the `random` policy.
-    #[arg(long, env = "SCLS_ROUTER_SEED", default_value_t = 0)]
+    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SEED", default_value_t = 0)]
     seed: u64,
     /// Most requests at once; more are answered 429.
-    #[arg(long, env = "SCLS_ROUTER_MAX_CONCURRENT_REQUESTS", default_value_t = 4096, value_parser = at_least_one)]
+    #[arg(long, help_heading = "Limits", env = "SCLS_ROUTER_MAX_CONCURRENT_REQUESTS", default_value_t = 4096, value_parser = at_least_one)]
     max_concurrent_requests: usize,
     /// Longest a request may take.
-    #[arg(long, env = "SCLS_ROUTER_REQUEST_TIMEOUT_SECS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    #[arg(long, help_heading = "Limits", env = "SCLS_ROUTER_REQUEST_TIMEOUT_SECS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     request_timeout_secs: u64,
     /// Longest a request may wait to be begun; past that it is answered 408. Without it the time of the whole request.
-    #[arg(long, env = "SCLS_ROUTER_QUEUE_TIMEOUT_SECS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
+    #[arg(long, help_heading = "Limits", env = "SCLS_ROUTER_QUEUE_TIMEOUT_SECS", value_parser = clap::value_parser!(u64).range(1..=31_536_000))]
     queue_timeout_secs: Option<u64>,
     /// Largest HTTP body in bytes.
-    #[arg(long, env = "SCLS_ROUTER_MAX_PAYLOAD_SIZE", default_value_t = 8 << 20, value_parser = at_least_one)]
+    #[arg(long, help_heading = "Limits", env = "SCLS_ROUTER_MAX_PAYLOAD_SIZE", default_value_t = 8 << 20, value_parser = at_least_one)]
     pub max_payload_size: usize,
-    /// Folded into the names of all KV blocks; routers with different keys share no cache.
-    #[arg(long, env = "SCLS_ROUTER_FLEET_KEY", default_value = "", hide_env_values = true)]
+    /// Folded into the names of all KV blocks; routers with different keys share no cache. A secret: itself,
+    /// `env:NAME` or `file:PATH`, in a configuration file one of the latter.
+    #[arg(long, help_heading = "Secrets", env = "SCLS_ROUTER_FLEET_KEY", default_value = "", hide_env_values = true)]
     fleet_key: String,
-    /// Keys of which clients must send one as `authorization: Bearer KEY`, separated by commas. Other users of the
-    /// machine can read a command line: the environment is the better place.
-    #[arg(long, env = "SCLS_ROUTER_API_KEY", hide_env_values = true)]
+    /// Keys of which clients must send one as `authorization: Bearer KEY`, separated by commas. A
+    /// secret as above; other users of the machine can read a command line.
+    #[arg(long, help_heading = "Secrets", env = "SCLS_ROUTER_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
     /// error, warn, info, debug or trace, or a filter like `router_server=debug`.
-    #[arg(long, env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
+    #[arg(long, help_heading = "Log", env = "SCLS_ROUTER_LOG_LEVEL", default_value = "info", value_parser = log_filter)]
     pub log_level: String,
     /// Logs as JSON lines.
-    #[arg(long, env = "SCLS_ROUTER_LOG_JSON", value_parser = BoolishValueParser::new())]
+    #[arg(long, help_heading = "Log", env = "SCLS_ROUTER_LOG_JSON", action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", default_value_t = false, value_parser = BoolishValueParser::new())]
     pub log_json: bool,
 }
 
@@ -150,6 +236,35 @@ impl Policy {
     }
 }
 
+/// All that a configuration file may hold: the flags of `serve` and of `up`, none of them required.
+#[derive(Debug)]
+pub struct AllArgs {
+    /// What both have.
+    pub serve: ServeArgs,
+}
+
+impl Args for AllArgs {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        // "For update" is what clap calls a command line that may leave out what is required.
+        let command = UpArgs::augment_args_for_update(UrlArgs::augment_args_for_update(command));
+        ServeArgs::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for AllArgs {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self { serve: ServeArgs::from_arg_matches(matches)? })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        self.serve.update_from_arg_matches(matches)
+    }
+}
+
 /// Addresses of workers as one argument gives them.
 #[derive(Clone, Debug)]
 pub struct Urls(pub Vec<String>);
@@ -164,15 +279,15 @@ fn worker_urls(text: &str) -> Result<Urls, String> {
 
 fn worker_url(text: &str) -> Result<String, String> {
     let rest = text.strip_prefix("grpc://").or_else(|| text.strip_prefix("http://"));
-    let rest = rest.ok_or_else(|| format!("a worker is grpc://host:port or http://host:port: {text}"))?;
-    let wrong = |what: &str| format!("{what}: {text}\na worker is grpc://host:port");
+    let rest = rest.ok_or_else(|| format!("an address is grpc://host:port or http://host:port: {text}"))?;
+    let wrong = |what: &str| format!("{what}: {text}\nan address is grpc://host:port");
     let uri: Uri = format!("http://{rest}").parse().map_err(|error| wrong(&format!("no address, {error}")))?;
     let host = uri.host().unwrap_or_default();
     if host.is_empty() || host == "[]" || uri.authority().is_some_and(|all| all.as_str().contains('@')) {
         return Err(wrong("not a host and a port"));
     }
     if uri.path() != "/" || uri.query().is_some() || text.contains('#') {
-        return Err(wrong("an address of a worker has no path"));
+        return Err(wrong("it has a path"));
     }
     match uri.port_u16() {
         Some(1..) => Ok(text.trim_end_matches('/').to_owned()),
@@ -206,6 +321,17 @@ fn log_filter(text: &str) -> Result<String, String> {
 }
 
 impl ServeArgs {
+    /// What no single value shows: an error names the settings that do not go together.
+    pub fn check(&self) -> Result<(), String> {
+        let ports = [("port", self.http.port), ("grpc_port", self.grpc_port), ("admin_port", self.admin_port)];
+        for (index, (name, port)) in ports.iter().enumerate() {
+            if let Some((other, _)) = ports[..index].iter().find(|(_, taken)| taken == port && *port != 0) {
+                return Err(format!("{other} and {name} are the same: {port}"));
+            }
+        }
+        Ok(())
+    }
+
     /// The values that all pools are made with.
     pub fn pool_config(&self) -> PoolConfig {
         let (policy, name) = self.policy.core();
@@ -274,7 +400,7 @@ mod tests {
     #[test]
     fn urls_come_by_space_or_comma() {
         let parse = |args: &[&str]| match Cli::try_parse_from(args).expect("valid").command {
-            Command::Serve { worker_urls, .. } => worker_urls.iter().map(|urls| urls.0.len()).sum(),
+            Command::Serve { workers, .. } => workers.worker_urls.iter().map(|urls| urls.0.len()).sum(),
             _ => 0,
         };
         assert_eq!(parse(&["x", "serve", "--worker-urls", "grpc://a:1", "grpc://b:2", "--port", "0"]), 2);

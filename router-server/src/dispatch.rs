@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use router_core::{
-    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, RequestId, RowEnd, RowId, RowKey,
-    Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, RequestId, RowEnd, RowId, RowKey, Scheduler,
+    TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;

@@ -6,9 +6,8 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
-
-use clap::Parser;
 
 pub mod accept;
 pub mod answer;
@@ -17,6 +16,7 @@ pub mod body;
 pub mod boundaries;
 pub mod cli;
 pub mod completions;
+pub mod config;
 pub mod conversation;
 pub mod convert;
 pub mod dispatch;
@@ -25,6 +25,7 @@ mod fields;
 pub mod fleet;
 pub mod generation;
 pub mod grpc;
+pub mod health;
 pub mod http;
 pub mod link;
 pub mod messages;
@@ -55,23 +56,37 @@ pub mod proto {
 /// Runs the command line, the first argument being the program's name. The binary and the Python wheel's console
 /// script both end here.
 pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    ExitCode::from(exit_code_from(args))
+    ExitCode::from(exit_code_from(args, None))
 }
 
-/// Like [`main_from`], for callers that need the number.
-pub fn exit_code_from(args: impl IntoIterator<Item = OsString>) -> u8 {
-    let cli = match cli::Cli::try_parse_from(args) {
-        Ok(cli) => cli,
-        Err(error) => {
+/// Like [`main_from`], for callers that need the number. `python` is the interpreter that the caller runs in: workers
+/// of `up` run in it too, unless another is set.
+pub fn exit_code_from(args: impl IntoIterator<Item = OsString>, python: Option<PathBuf>) -> u8 {
+    let say = |error: &str| {
+        let _ = writeln!(std::io::stderr(), "error: {error}");
+    };
+    let parsed = match config::parse(args, &std::env::vars_os().collect()) {
+        Ok(parsed) => parsed,
+        Err(config::Wrong::Flags(error)) => {
             // Help and version are "errors" with exit code 0, printed to stdout.
             let _ = error.print();
             return u8::try_from(error.exit_code()).unwrap_or(2);
         }
+        Err(config::Wrong::Values(problems)) => {
+            for problem in &problems {
+                say(problem);
+            }
+            return 2;
+        }
     };
-    match run::run(cli.command) {
+    match run::run(parsed, python) {
         Ok(()) => 0,
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: {error}");
+        Err(run::Failure::Usage(error)) => {
+            say(&error);
+            2
+        }
+        Err(run::Failure::Run(error)) => {
+            say(&error);
             1
         }
     }

@@ -2,44 +2,100 @@
 
 use std::future::Future;
 use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 use crate::auth::Keys;
-use crate::cli::{Command, ServeArgs, UpArgs};
+use crate::cli::{Command, ConfigCommand, ServeArgs, UpArgs};
+use crate::config::{self, Parsed, Setting};
 use crate::fleet::Fleet;
+use crate::health;
 use crate::metrics::Metrics;
 use crate::mock::{self, MockArgs};
 use crate::serve::{Listeners, serve};
 use crate::up::Up;
 
-/// Runs a command to its end; an error is for people.
-pub fn run(command: Command) -> Result<(), String> {
-    match command {
-        Command::Version => {
-            let version = writeln!(std::io::stdout(), "scls-router {}", env!("CARGO_PKG_VERSION"));
-            version.map_err(|error| format!("cannot write to stdout: {error}"))
-        }
-        Command::Serve { worker_urls, serve } => on_runtime(
-            &serve.log_level,
-            serve.log_json,
-            serve_urls(&serve, worker_urls.into_iter().flat_map(|urls| urls.0).collect()),
-        ),
-        Command::Up { up, serve } => {
-            check_model(&up.model)?;
-            on_runtime(&serve.log_level, serve.log_json, serve_up(&serve, &up))
-        }
-        Command::MockWorker { mock, log_level } => on_runtime(&log_level, false, mock_worker(&mock)),
+/// Why a command failed; the text is for people.
+pub enum Failure {
+    /// What was asked for cannot be done, and never could.
+    Usage(String),
+    /// It went wrong at some time.
+    Run(String),
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self::Run(text)
     }
 }
 
-fn on_runtime(level: &str, json: bool, work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
-    start_log(level, json)?;
+/// Runs a command to its end. `python` is the interpreter we run in, if we do.
+pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
+    let Parsed { cli, settings, warnings } = parsed;
+    match cli.command {
+        Command::Version => print(&format!("scls-router {}\n", env!("CARGO_PKG_VERSION"))),
+        Command::Config(command) => {
+            warn_people(&warnings);
+            configure(&command, &settings)
+        }
+        Command::Health(args) => on_runtime(async {
+            let said = health::ask(&args).await?;
+            print(&format!("{said}\n"))
+        }),
+        Command::Serve { workers, serve } => {
+            serve.check().map_err(Failure::Usage)?;
+            start_log(&serve.log_level, serve.log_json, &warnings)?;
+            let urls = workers.worker_urls.into_iter().flat_map(|urls| urls.0).collect();
+            on_runtime(async { Ok(serve_urls(&serve, urls).await?) })
+        }
+        Command::Up { up, serve } => {
+            serve.check().and_then(|()| check_model(&up.model)).map_err(Failure::Usage)?;
+            start_log(&serve.log_level, serve.log_json, &warnings)?;
+            let python = up.python.clone().or(python).unwrap_or_else(|| "python3".into());
+            on_runtime(async { Ok(serve_up(&serve, &up, &python).await?) })
+        }
+        Command::MockWorker { mock, log_level } => {
+            mock::check(&mock).map_err(Failure::Usage)?;
+            start_log(&log_level, false, &warnings)?;
+            on_runtime(async { Ok(mock_worker(&mock).await?) })
+        }
+    }
+}
+
+fn configure(command: &ConfigCommand, settings: &[Setting]) -> Result<(), Failure> {
+    match command {
+        ConfigCommand::Show { origin, .. } => print(&config::show(settings, *origin)),
+        ConfigCommand::Check { all } => {
+            all.serve.check().map_err(Failure::Usage)?;
+            let state = |command: &str| match config::missing(command, settings) {
+                missing if missing.is_empty() => format!("{command}: complete\n"),
+                missing => format!("{command}: needs {}\n", missing.join(", ")),
+            };
+            print(&format!("the settings are valid\n{}{}", state("serve"), state("up")))
+        }
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    let printed = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    printed.map_err(|error| Failure::Run(format!("cannot write to stdout: {error}")))
+}
+
+/// Where there is no log.
+fn warn_people(warnings: &[String]) {
+    for warning in warnings {
+        let _ = writeln!(std::io::stderr(), "warning: {warning}");
+    }
+}
+
+fn on_runtime(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("no runtime: {error}"))?;
     let result = runtime.block_on(work);
@@ -48,12 +104,15 @@ fn on_runtime(level: &str, json: bool, work: impl Future<Output = Result<(), Str
     result
 }
 
-fn start_log(level: &str, json: bool) -> Result<(), String> {
+fn start_log(level: &str, json: bool, warnings: &[String]) -> Result<(), String> {
     let filter = EnvFilter::try_new(level).map_err(|error| format!("--log-level: {error}"))?;
     // Who reads stderr may go away; that is no reason to stop.
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).log_internal_errors(false);
     // Fails where the embedding process has a log already: then that one is used.
     let _ = if json { log.json().try_init() } else { log.with_ansi(false).try_init() };
+    for warning in warnings {
+        warn!("{warning}");
+    }
     Ok(())
 }
 
@@ -87,10 +146,10 @@ async fn serve_urls(args: &ServeArgs, urls: Vec<String>) -> Result<(), String> {
     }
 }
 
-async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
+async fn serve_up(args: &ServeArgs, workers: &UpArgs, python: &Path) -> Result<(), String> {
     let keys = api_keys(args)?;
     let (fleet, listeners, signals) = prepare(args).await?;
-    let (up, mut failures) = Up::start(workers, &fleet);
+    let (up, mut failures) = Up::start(workers, python, &fleet);
     let mut failure = None;
     let stop = async {
         tokio::select! {
@@ -116,7 +175,6 @@ async fn serve_up(args: &ServeArgs, workers: &UpArgs) -> Result<(), String> {
 }
 
 async fn mock_worker(args: &MockArgs) -> Result<(), String> {
-    mock::check(args)?;
     let listener = bind("--port", &args.host, args.port).await?;
     let signals = Signals::listen()?;
     mock::announce(&listener).map_err(|error| format!("cannot write to stdout: {error}"))?;
@@ -146,8 +204,8 @@ async fn parent_gone() {
 async fn prepare(args: &ServeArgs) -> Result<(Arc<Fleet>, Listeners, Signals), String> {
     let fleet = Fleet::new(args.pool_config(), Arc::new(Metrics::default()));
     let listeners = Listeners {
-        http: bind("--port", &args.host, args.port).await?,
-        grpc: bind("--grpc-port", &args.host, args.grpc_port).await?,
+        http: bind("--port", &args.http.host, args.http.port).await?,
+        grpc: bind("--grpc-port", &args.http.host, args.grpc_port).await?,
         admin: bind("--admin-port", "127.0.0.1", args.admin_port).await?,
     };
     // Before anything is announced, so that no signal is missed after that.

@@ -7,6 +7,7 @@
 //! requests can finish.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,14 +47,14 @@ enum Life {
 impl Up {
     /// Starts the workers. The receiver gets a reason if one of them cannot even start once: then it is not the
     /// worker that is broken but what we were told to start.
-    pub fn start(args: &UpArgs, fleet: &Arc<Fleet>) -> (Self, mpsc::Receiver<String>) {
+    pub fn start(args: &UpArgs, python: &Path, fleet: &Arc<Fleet>) -> (Self, mpsc::Receiver<String>) {
         let (stop, stopped) = watch::channel(false);
         let (failed, failures) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
         for index in 0..args.workers {
             let worker = Worker {
                 name: format!("w{index}"),
-                python: args.python.clone().into(),
+                python: python.into(),
                 model: args.model.clone().into(),
                 more: args.worker_args.split_whitespace().map(str::to_owned).collect(),
                 fleet: Arc::clone(fleet),
