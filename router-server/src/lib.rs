@@ -16,6 +16,7 @@ pub mod body;
 pub mod cli;
 pub mod completions;
 pub mod convert;
+mod deadline;
 pub mod dispatch;
 pub mod error;
 mod fields;

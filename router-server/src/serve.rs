@@ -8,11 +8,13 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic_reflection::server::{v1, v1alpha};
 use tracing::{info, warn};
 
 use crate::accept::{self, end_within, told};
+use crate::deadline;
 use crate::fleet::Fleet;
 use crate::grpc::Service;
 use crate::http::{self, App};
@@ -111,12 +113,18 @@ async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<boo
     let (health, health_service) = tonic_health::server::health_reporter();
     let watching = tokio::spawn(report_health(Arc::clone(&app), health));
     let service = RouterServer::new(Service::new(app));
-    let served = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+    let service = service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE);
+    let routes = Routes::new(service)
         .add_service(health_service)
         .add_service(reflection()?)
         .add_service(reflection_alpha()?)
-        .add_service(service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE))
+        .into_axum_router()
+        .layer(axum::middleware::from_fn(deadline::keep));
+    let served = tonic::transport::Server::builder()
+        // Clients may ping as they like: nothing here counts their pings.
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_routes(Routes::from(routes))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), told(stopped))
         .await;
     watching.abort();
