@@ -12,6 +12,7 @@ import threading
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from harness import MODEL, Router, RustMock, Worker
 from reference import differs, greedy
 from scls_router import AsyncClient, Client, RetryPolicy, errors, hash_blocks, results
+from scls_router._proto import common_pb2 as common
 from scls_router._proto import router_pb2 as pb
 from scls_router._proto import router_pb2_grpc
 from scls_router._request import packed_ids
@@ -255,6 +257,19 @@ def test_without_workers_retries_end_with_the_budget(kind: Any) -> None:
 
 
 @contextmanager
+def serving(service: router_pb2_grpc.RouterServicer) -> Iterator[str]:
+    """The address of a router made by hand."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    router_pb2_grpc.add_RouterServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+@contextmanager
 def failing(status: grpc.StatusCode, times: int, after: int = 0) -> Iterator[tuple[str, list[float]]]:
     """A router whose first calls fail with `status` after so many answers; and the deadlines its calls came with."""
     calls: list[float] = []
@@ -276,16 +291,68 @@ def failing(status: grpc.StatusCode, times: int, after: int = 0) -> Iterator[tup
                 context.abort(status, "not now")
             return pb.Decision(worker_id="w")
 
-    from concurrent.futures import ThreadPoolExecutor
+    with serving(Service()) as target:
+        yield target, calls
 
-    server = grpc.server(ThreadPoolExecutor(4))
-    router_pb2_grpc.add_RouterServicer_to_server(Service(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}", calls
-    finally:
-        server.stop(None)
+
+@contextmanager
+def answering(*answers: pb.GenerateResponse) -> Iterator[tuple[str, list[pb.GenerateRequest]]]:
+    """A router that answers every generation so; and what it was asked."""
+    asked: list[pb.GenerateRequest] = []
+
+    class Service(router_pb2_grpc.RouterServicer):
+        def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+            asked.append(request)
+            metadata = dict(context.invocation_metadata())
+            assert metadata["authorization"] == "Bearer key"
+            yield from answers
+
+    with serving(Service()) as target:
+        yield target, asked
+
+
+def test_choices_are_put_together_by_index(kind: Any) -> None:
+    lp = common.TokenLogprobs(chosen=-0.5, top_ids=[7, 8], top=[-0.25, -0.5])
+    answers = [
+        pb.GenerateResponse(choice=1, ids=[8], text="b", logprobs=[lp], request_id="r"),
+        pb.GenerateResponse(choice=0, ids=[7], text="a", logprobs=[lp], request_id="r"),
+        pb.GenerateResponse(choice=1, ids=[9], first_index=1, text="c", logprobs=[lp], finish=1, request_id="r"),
+        pb.GenerateResponse(choice=0, first_index=1, finish=2, usage=pb.Usage(completion_tokens=3), request_id="r"),
+    ]
+    with answering(*answers) as (target, asked), kind(target, api_key="key") as client:
+        done = client.generate("x", model="m", n=2, logprobs=2, seed=-1, stop="end", logit_bias={5: -1.5}, top_p=0.5)
+    first, second = done.choices
+    token = results.TokenLogprobs(-0.5, ((7, -0.25), (8, -0.5)))
+    assert (first.index, first.text, first.ids, first.finish_reason, first.logprobs) == (
+        0,
+        "a",
+        (7,),
+        "length",
+        (token,),
+    )
+    assert (second.index, second.text, second.ids, second.finish_reason) == (1, "bc", (8, 9), "stop")
+    assert second.logprobs == (token, token) and done.usage.completion_tokens == 3
+    (request,) = asked
+    sampling = request.sampling
+    assert (request.n, sampling.logprobs, sampling.seed, list(request.stop)) == (2, 2, 2**64 - 1, ["end"])
+    assert dict(sampling.logit_bias) == {5: -1.5} and sampling.top_p == 0.5
+    assert not any(map(sampling.HasField, ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [],
+        [pb.GenerateResponse(ids=[7])],
+        [pb.GenerateResponse(finish=2)],
+        [pb.GenerateResponse(choice=1, ids=[7])],
+        [pb.GenerateResponse(ids=[7], first_index=5, finish=2, usage=pb.Usage())],
+    ],
+)
+def test_an_answer_that_is_none_is_an_error(kind: Any, answers: list[pb.GenerateResponse]) -> None:
+    with answering(*answers) as (target, _), kind(target, api_key="key") as client:
+        with pytest.raises(errors.InternalError):
+            client.generate("x", model="m")
 
 
 @pytest.mark.parametrize("status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])

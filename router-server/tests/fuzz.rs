@@ -231,14 +231,18 @@ async fn broken_requests_end_and_no_worker_hears_of_them() {
         });
         let ends: Vec<_> = ends.buffer_unordered(32).collect().await;
         for (method, bytes, code) in ends {
-            let code = code.unwrap_or_else(|_| panic!("{method} did not end, seed {seed}: {}", hex::encode(&bytes[..bytes.len().min(200)])));
+            let code = code.unwrap_or_else(|_| {
+                panic!("{method} did not end, seed {seed}: {}", hex::encode(&bytes[..bytes.len().min(200)]))
+            });
             match code {
                 Code::Ok => served += 1,
                 // The request is at fault; nothing of ours.
                 Code::InvalidArgument | Code::NotFound | Code::OutOfRange | Code::Unimplemented => refused += 1,
                 // What tonic says of a frame that is none, or of a message that cannot be decoded.
                 Code::Internal => refused += 1,
-                code => panic!("{method} ended with {code:?}, seed {seed}: {}", hex::encode(&bytes[..bytes.len().min(200)])),
+                code => {
+                    panic!("{method} ended with {code:?}, seed {seed}: {}", hex::encode(&bytes[..bytes.len().min(200)]))
+                }
             }
         }
     }
