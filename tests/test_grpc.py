@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from harness import MODEL, Router, Worker
+from handmade import HandmadeWorker
+from harness import MODEL, Router, RustMock, Worker
 from reference import differs, greedy
 from scls_worker.proto import common_pb2 as common
 from scls_worker.proto import router_pb2 as pb
-from scls_worker.proto import router_pb2_grpc
+from scls_worker.proto import router_pb2_grpc, worker_pb2_grpc
+from scls_worker.proto import worker_pb2 as wpb
 from session import ids_of
 
 
@@ -108,11 +114,109 @@ def test_bad_requests(channel: grpc.Channel, request_: pb.GenerateRequest, code:
     assert error.value.code() == code, error.value.details()
 
 
-def test_what_is_not_served_yet_says_so(channel: grpc.Channel) -> None:
+def test_what_changes_workers_is_closed_and_says_why(channel: grpc.Channel) -> None:
     stub = router_pb2_grpc.RouterStub(channel)
+    for method, request in [
+        ("AddWorker", pb.AddWorkerRequest(url="grpc://x:1")),
+        ("DrainWorker", pb.DrainWorkerRequest(worker_id="w")),
+        ("RemoveWorker", pb.RemoveWorkerRequest(worker_id="w")),
+        ("Register", pb.RegisterRequest(url="grpc://x:1")),
+    ]:
+        with pytest.raises(grpc.RpcError) as error:
+            getattr(stub, method)(request, timeout=10)
+        assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert method in error.value.details() and "--worker-urls" in error.value.details()
     with pytest.raises(grpc.RpcError) as error:
-        stub.Register(pb.RegisterRequest(url="grpc://x:1"), timeout=10)
-    assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED and "Register" in error.value.details()
+        list(stub.WatchDecisions(pb.WatchDecisionsRequest(), timeout=10))
+    assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED and "Explain" in error.value.details()
+
+
+def test_explain_gives_a_decision_that_was_made(channel: grpc.Channel) -> None:
+    stub = router_pb2_grpc.RouterStub(channel)
+    worker = generate(channel, prompt=pb.Prompt(ids=ids_of(range(300, 340))))[-1].usage.worker_id
+    decisions = []
+    for number in range(1, 100):
+        try:
+            decisions.append(stub.Explain(pb.ExplainRequest(decision_id=number), timeout=10))
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.NOT_FOUND, error
+            break
+    last = decisions[-1]
+    assert (last.decision_id, last.worker_id, last.prompt_tokens) == (len(decisions), worker, 40)
+    scores = {c.worker_id: (c.score_high, c.score_low) for c in last.candidates}
+    assert scores[worker] == min(scores.values())
+
+
+def test_a_message_over_the_limit_is_refused_and_one_below_is_read(channel: grpc.Channel) -> None:
+    for size, code, what in [
+        ((16 << 20) + 1, grpc.StatusCode.OUT_OF_RANGE, "16777216"),
+        (15 << 20, grpc.StatusCode.INVALID_ARGUMENT, "too long for the context"),
+    ]:
+        with pytest.raises(grpc.RpcError) as error:
+            generate(channel, prompt=pb.Prompt(ids=common.TokenIds(le_u32=bytes(size // 4 * 4 + 4))))
+        assert error.value.code() == code and what in error.value.details(), error.value.details()
+
+
+def test_errors_name_field_and_reason_for_programs(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        generate(channel, prompt=pb.Prompt(text="a"), limits=common.Limits(max_tokens=10**6))
+    metadata = dict(error.value.trailing_metadata())
+    assert (metadata["scls-code"], metadata["scls-field"]) == ("context_length_exceeded", "max_tokens")
+
+
+def big_tokenizer(folder: Path) -> int:
+    """The model's tokenizer with a vocabulary of over 12 MB; gives its size."""
+    config = json.loads((MODEL / "tokenizer.json").read_text())
+    vocab = config["model"]["vocab"]
+    start = 1 + max([*vocab.values(), *(t["id"] for t in config["added_tokens"])])
+    # Long words, as those of many languages are. No merge makes them, so texts keep their ids.
+    vocab.update({f"⟨{i:06}⟩" + "þ" * 60: start + i for i in range(95_000)})
+    (folder / "tokenizer.json").write_text(json.dumps(config))
+    return start + 95_000
+
+
+def test_a_tokenizer_of_12_mb(tmp_path: Path) -> None:
+    vocab = big_tokenizer(tmp_path)
+    size = (tmp_path / "tokenizer.json").stat().st_size
+    assert size > 12 << 20, size
+    flags = ["--vocab", str(vocab), "--tokenizer", str(tmp_path), "--served-name", "tiny"]
+    with RustMock(*flags) as rust, Worker("--mock", *flags) as python:
+        for worker in (rust, python):
+            with grpc.insecure_channel(worker.url.removeprefix("grpc://")) as channel:
+                stub = worker_pb2_grpc.WorkerStub(channel)
+                chunks = list(stub.GetTokenizer(wpb.GetTokenizerRequest(), timeout=30))
+            assert max(len(c.data) for c in chunks) <= 1 << 20
+            assert b"".join(c.data for c in chunks) == (tmp_path / "tokenizer.json").read_bytes()
+            with Router([worker.url]) as router, grpc.insecure_channel(router.addresses["grpc"]) as channel:
+                last = generate(channel, prompt=pb.Prompt(text="I want to cancel my flight."))[-1]
+                assert 3 < last.usage.prompt_tokens < 30
+
+
+def test_a_snapshot_of_two_million_blocks() -> None:
+    count = 2_000_000
+    hashes = np.random.default_rng(0).integers(1, 2**64, count, np.uint64).tobytes()
+    with RustMock("--served-name", "tiny", "--vocab", "2560", "--worker-id", "small") as mock:
+        with grpc.insecure_channel(mock.url.removeprefix("grpc://")) as channel:
+            info = worker_pb2_grpc.WorkerStub(channel).GetInfo(wpb.GetInfoRequest(), timeout=10)
+        info.worker_id, info.blocks = "big", count + 1000
+        with HandmadeWorker(info, hashes) as big, Router([mock.url, big.url], "--slice-len", "8", ready=1) as router:
+            with grpc.insecure_channel(router.addresses["grpc"]) as channel:
+                stub = router_pb2_grpc.RouterStub(channel)
+                began, slowest, indexed = time.monotonic(), 0.0, 0
+                while indexed < count:
+                    asked = time.monotonic()
+                    assert asked - began < 30, f"{indexed} blocks"
+                    workers = stub.ListWorkers(pb.ListWorkersRequest(), timeout=10).workers
+                    indexed = next(w.indexed_blocks for w in workers if w.url == big.url)
+                    slowest = max(slowest, time.monotonic() - asked)
+                # A question waits for one chunk of the sixteen, not for all of them.
+                took = time.monotonic() - began
+                assert slowest < took / 2, f"an answer took {slowest:.2f} of {took:.2f} s"
+                router.wait_ready(2)
+                decision = stub.Route(
+                    pb.RouteRequest(model="tiny", prompt=pb.Prompt(ids=ids_of(range(64)))), timeout=10
+                )
+                assert {c.worker_id for c in decision.candidates} == {"big", "small"}
 
 
 def test_health_and_reflection(channel: grpc.Channel) -> None:

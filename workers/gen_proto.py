@@ -16,7 +16,7 @@ from grpc_tools import protoc  # type: ignore[import-untyped]
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "proto/scls/v1").glob("*.proto"))
 # Package directories that get a full set of stubs.
-TARGETS = [ROOT / "workers/scls_worker/proto"]
+TARGETS = [ROOT / "workers/scls_worker/proto", ROOT / "python/scls_router/_proto"]
 
 INIT = '"""Generated protobuf and gRPC stubs of proto/scls/v1; `make proto` writes them."""\n'
 # The generators refuse every runtime older than themselves, though this code uses nothing younger than the floors in

@@ -1,5 +1,30 @@
-"""Product routing and slice-level scheduling of LLM inference: the Rust core from Python."""
+"""Product routing and slice-level scheduling of LLM inference: the Rust core from Python, and clients of a router."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from scls_router._native import __version__, hash_blocks
 
-__all__ = ["__version__", "hash_blocks"]
+if TYPE_CHECKING:
+    from scls_router._retry import RetryPolicy
+    from scls_router.aio import AsyncClient
+    from scls_router.client import Client
+    from scls_router.errors import SclsError
+
+__all__ = ["AsyncClient", "Client", "RetryPolicy", "SclsError", "__version__", "hash_blocks"]
+
+# Loaded when first asked for: gRPC and protobuf take longer than all the rest.
+_LATER = {
+    "AsyncClient": "scls_router.aio",
+    "Client": "scls_router.client",
+    "RetryPolicy": "scls_router._retry",
+    "SclsError": "scls_router.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in ("errors", "results"):
+        return import_module(f"scls_router.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,8 @@ use axum::response::{IntoResponse, Response};
 use router_core::Rejection;
 use serde_json::{Value, json};
 
+use crate::convert::clipped;
+
 /// A failure that a client sees.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -232,7 +234,14 @@ impl From<Error> for tonic::Status {
         if let Some(param) = error.param().filter(|param| !message.contains(param)) {
             message = format!("{param}: {message}");
         }
-        let mut status = Self::new(error.grpc_code(), message);
+        // A status travels in a header: a text of a client that it quotes must not make it too long to be read.
+        let mut status = Self::new(error.grpc_code(), clipped(&message));
+        // For programs, as HTTP's error object has it.
+        for (key, value) in [("scls-code", error.code()), ("scls-field", error.param())] {
+            if let Some(value) = value.and_then(|value| value.parse().ok()) {
+                status.metadata_mut().insert(key, value);
+            }
+        }
         if let Some(seconds) = error.retry_after() {
             // gRPC clients read this as "not before": the server's push-back.
             status.metadata_mut().insert("grpc-retry-pushback-ms", (seconds * 1000).into());
@@ -283,5 +292,16 @@ mod tests {
         let status = tonic::Status::from(Error::invalid("temperature", "between 0 and 2"));
         assert_eq!(status.code(), tonic::Code::InvalidArgument);
         assert!(status.message().starts_with("temperature"), "{}", status.message());
+        assert_eq!(status.metadata().get("scls-field").expect("the field"), "temperature");
+        assert!(status.metadata().get("scls-code").is_none());
+    }
+
+    #[test]
+    fn grpc_says_no_more_than_a_header_takes() {
+        let status = tonic::Status::from(Error::UnknownModel("é".repeat(100_000)));
+        assert!(status.message().len() < 2000, "{}", status.message().len());
+        assert_eq!(status.metadata().get("scls-code").expect("the code"), "model_not_found");
+        // What no header can say is left out.
+        assert!(tonic::Status::from(Error::invalid("a\nb", "no")).metadata().is_empty());
     }
 }

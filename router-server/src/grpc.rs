@@ -66,16 +66,13 @@ async fn ids_of(pool: &Pool, prompt: Option<proto::Prompt>) -> Result<Vec<u32>, 
     }
 }
 
-/// Absent is the rest of the context.
+/// Without limits, or without `max_tokens`, it is the rest of the context.
 fn limits(limits: Option<Limits>) -> Result<Limits, Error> {
-    match limits {
-        None => Ok(Limits::default()),
-        Some(limits) if limits.max_tokens == 0 => Err(Error::invalid(
-            "limits.max_tokens",
-            "max_tokens must be at least 1; without limits it is the rest of the context",
-        )),
-        Some(limits) => Ok(limits),
+    let limits = limits.unwrap_or_default();
+    if limits.stop_token_ids.len() > 1024 {
+        return Err(Error::invalid("limits.stop_token_ids", "at most 1024 stop token ids"));
     }
+    Ok(limits)
 }
 
 fn response(request_id: &str, piece: Piece) -> GenerateResponse {
@@ -107,8 +104,11 @@ fn usage(end: &End) -> Usage {
     }
 }
 
-fn unserved<T>(what: &str) -> Result<Response<T>, Status> {
-    Err(Status::unimplemented(format!("not served by this build: {what}")))
+/// Whoever reaches this port may ask it: as long as it knows no keys, it changes no workers.
+fn closed<T>(what: &str) -> Result<Response<T>, Status> {
+    Err(Status::unimplemented(format!(
+        "not served by this build: {what}\nworkers are named at the start, with --worker-urls: this port would let anyone add and remove them"
+    )))
 }
 
 type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -156,8 +156,17 @@ impl router_server::Router for Service {
         Ok(Response::new(pool.route(prompt).await?))
     }
 
-    async fn explain(&self, _: Request<proto::ExplainRequest>) -> Result<Response<proto::Decision>, Status> {
-        unserved("Explain")
+    async fn explain(&self, request: Request<proto::ExplainRequest>) -> Result<Response<proto::Decision>, Status> {
+        let id = request.into_inner().decision_id;
+        let mut found = self.app.fleet.decisions().await;
+        found.retain(|decided| decided.decision.decision_id == id);
+        match found.pop() {
+            None => Err(Status::not_found(format!("no such decision: {id}\nthe latest of each model are kept"))),
+            Some(_) if !found.is_empty() => {
+                Err(Status::failed_precondition(format!("more than one model has a decision of this number: {id}")))
+            }
+            Some(decided) => Ok(Response::new(decided.decision)),
+        }
     }
 
     async fn list_workers(
@@ -168,25 +177,25 @@ impl router_server::Router for Service {
     }
 
     async fn add_worker(&self, _: Request<proto::AddWorkerRequest>) -> Result<Response<proto::WorkerStatus>, Status> {
-        unserved("AddWorker")
+        closed("AddWorker")
     }
 
     async fn drain_worker(
         &self,
         _: Request<proto::DrainWorkerRequest>,
     ) -> Result<Response<proto::WorkerStatus>, Status> {
-        unserved("DrainWorker")
+        closed("DrainWorker")
     }
 
     async fn remove_worker(
         &self,
         _: Request<proto::RemoveWorkerRequest>,
     ) -> Result<Response<proto::WorkerStatus>, Status> {
-        unserved("RemoveWorker")
+        closed("RemoveWorker")
     }
 
     async fn register(&self, _: Request<proto::RegisterRequest>) -> Result<Response<proto::RegisterResponse>, Status> {
-        unserved("Register")
+        closed("Register")
     }
 
     type WatchDecisionsStream = Responses<proto::Decision>;
@@ -195,7 +204,7 @@ impl router_server::Router for Service {
         &self,
         _: Request<proto::WatchDecisionsRequest>,
     ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
-        unserved("WatchDecisions")
+        Err(Status::unimplemented("not served by this build: WatchDecisions\nExplain gives the latest one by one"))
     }
 }
 
@@ -204,8 +213,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_of_zero_is_refused() {
-        limits(Some(Limits::default())).expect_err("zero");
+    fn stop_tokens_are_bounded() {
+        let many = |count| Limits { stop_token_ids: vec![1; count], ..Limits::default() };
+        limits(Some(many(1024))).expect("a bound is inside");
+        limits(Some(many(1025))).expect_err("past it");
         assert_eq!(limits(None).expect("absent").max_tokens, 0);
     }
 }

@@ -19,6 +19,7 @@ pub mod completions;
 pub mod config;
 pub mod conversation;
 pub mod convert;
+mod deadline;
 pub mod dispatch;
 pub mod error;
 mod fields;

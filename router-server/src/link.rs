@@ -299,9 +299,14 @@ async fn listen(mut stream: tonic::Streaming<WorkerMessage>, info: &WorkerInfo, 
             Ok(Heard::Goodbye(reason)) => return Ended::Lost(format!("goodbye: {reason}")),
             Ok(Heard::NotOwner(detail)) => return Ended::Displaced(detail),
             Ok(Heard::Message(message)) => {
+                let snapshot = matches!(message, router_core::WorkerMessage::Snapshot { .. });
                 let command = Command::Message { seat, seq, message };
                 if pool.commands.send(command).await.is_err() {
                     return Ended::lost(&"its pool was replaced");
+                }
+                if snapshot {
+                    // One chunk at a time: a million blocks at once would keep the pool's other workers waiting.
+                    pool.loads().await;
                 }
             }
         }

@@ -286,12 +286,7 @@ impl Pool {
             0 => 1,
             wanted => u64::from(wanted),
         };
-        if prompt.saturating_add(wanted) > most {
-            let param = if prompt >= most { "prompt" } else { "max_tokens" };
-            let message =
-                format!("too long for the context of {most} tokens: {prompt} of the prompt and {wanted} to generate");
-            return Err(Error::ContextLength { message, param });
-        }
+        check_context(prompt, wanted, most)?;
         if job.limits.max_tokens == 0 {
             job.limits.max_tokens = u32::try_from(most - prompt).unwrap_or(u32::MAX);
         }
@@ -302,6 +297,7 @@ impl Pool {
     /// Where a prompt would go now. Nothing comes of it.
     pub async fn route(&self, prompt: Vec<u32>) -> Result<crate::proto::Decision, Error> {
         self.check_prompt(&prompt)?;
+        check_context(prompt.len() as u64, 1, self.most_tokens().0)?;
         let (sender, answer) = oneshot::channel();
         let command = Command::Route { prompt, root: self.root, answer: sender };
         self.commands.send(command).await.map_err(|_| Error::NoWorker)?;
@@ -325,6 +321,15 @@ impl Pool {
         }
         answer.await.unwrap_or_default()
     }
+}
+
+fn check_context(prompt: u64, wanted: u64, most: u64) -> Result<(), Error> {
+    if prompt.saturating_add(wanted) <= most {
+        return Ok(());
+    }
+    let param = if prompt >= most { "prompt" } else { "max_tokens" };
+    let message = format!("too long for the context of {most} tokens: {prompt} of the prompt and {wanted} to generate");
+    Err(Error::ContextLength { message, param })
 }
 
 impl Text {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::TcpIncoming;
 use tonic_reflection::server::{v1, v1alpha};
@@ -15,6 +16,7 @@ use tracing::{info, warn};
 
 use crate::accept::{self, end_within, told};
 use crate::auth::Keys;
+use crate::deadline;
 use crate::fleet::Fleet;
 use crate::grpc::Service;
 use crate::http::{self, App};
@@ -121,12 +123,17 @@ async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<boo
         app.keys.check(given)?;
         Ok(request)
     });
-    let served = tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+    let routes = Routes::new(service)
         .add_service(health_service)
         .add_service(reflection()?)
         .add_service(reflection_alpha()?)
-        .add_service(service)
+        .into_axum_router()
+        .layer(axum::middleware::from_fn(deadline::keep));
+    let served = tonic::transport::Server::builder()
+        // Clients may ping as they like: nothing here counts their pings.
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_routes(Routes::from(routes))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), told(stopped))
         .await;
     watching.abort();

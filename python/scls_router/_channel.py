@@ -1,0 +1,35 @@
+"""How a client's channel is set up, and its errors read. The same for both clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scls_router._request import MOST_MESSAGE
+from scls_router.errors import SclsError, from_status
+
+OPTIONS: list[tuple[str, int]] = [
+    # Finds out within half a minute that the other end is gone, even while it has nothing to say for long.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MOST_MESSAGE),
+    # The retries are ours. They should not wait for a connection that gRPC does not try.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+def address(target: str) -> str:
+    """`host:port`, with or without `grpc://`."""
+    return target.removeprefix("grpc://")
+
+
+def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What goes with every call."""
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def error_of(error: Any) -> SclsError:
+    """The error that a `grpc.RpcError` stands for, of `grpc` and `grpc.aio` alike."""
+    return from_status(error.code().name, error.details() or "", dict(error.trailing_metadata() or ()))
