@@ -13,7 +13,7 @@ Want = sampling.Want
 
 
 def draw(logits: list[list[float]], *wants: object) -> list[int]:
-    return sampling.draw_tokens(torch.tensor(logits), list(wants)).tolist()
+    return [drawn.token for drawn in sampling.draw_tokens(torch.tensor(logits), list(wants))]
 
 
 def test_greedy() -> None:

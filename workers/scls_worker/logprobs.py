@@ -1,0 +1,54 @@
+"""Natural logarithms of the model's own probabilities: log_softmax of its logits as they come, in float32.
+
+Knows nothing of how tokens are drawn.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .proto import common_pb2 as common
+
+
+class Logprobs(NamedTuple):
+    """Of the rows that ask for them. Taken before the draw, which writes to the logits."""
+
+    asked: Sequence[int | None]  # N; how many of the most likely, or None
+    rows: list[int]  # the A that ask
+    values: Tensor  # [A, V]
+
+    @classmethod
+    def of(cls, logits: Tensor, asked: Sequence[int | None]) -> "Logprobs":  # [N, V], N
+        rows = [i for i, top in enumerate(asked) if top is not None]
+        return cls(asked, rows, logits[rows].log_softmax(-1) if rows else logits[:0])
+
+    def told(self, tokens: Tensor) -> Iterator[common.TokenLogprobs | None]:  # [N] -> N
+        """As messages, in the order of `tokens`."""
+        if not self.rows:
+            yield from (None for _ in self.asked)
+            return
+        most = min(max(top or 0 for top in self.asked), self.values.shape[-1])
+        ids = ranked(self.values, most, lower_first=True)  # [A, most]
+        chosen = self.values.gather(-1, tokens[self.rows][:, None])
+        told = zip(ids.tolist(), self.values.gather(-1, ids).tolist(), chosen[:, 0].tolist(), strict=True)
+        for top in self.asked:
+            if top is None:
+                yield None
+            else:
+                top_ids, best, own = next(told)
+                yield common.TokenLogprobs(chosen=own, top_ids=top_ids[:top], top=best[:top])
+
+
+def ranked(values: Tensor, count: int, *, lower_first: bool) -> Tensor:  # [N, V] -> [N, count]
+    """Ids of the largest, best first. Which of equals comes first is stated; `torch.topk` leaves it open.
+
+    Each value and its id become one integer, ordered alike: no two are equal.
+    """
+    last = values.shape[-1] - 1
+    ids = torch.arange(last + 1, device=values.device)
+    bits = (values + 0.0).view(torch.int32)  # a sum has no -0.0
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (last - ids if lower_first else ids)
+    found = keys.topk(count).values & 0xFFFFFFFF
+    return last - found if lower_first else found
