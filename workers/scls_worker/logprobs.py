@@ -30,7 +30,7 @@ class Logprobs(NamedTuple):
             yield from (None for _ in self.asked)
             return
         most = min(max(top or 0 for top in self.asked), self.values.shape[-1])
-        ids = ranked(self.values, most, lower_first=True)  # [A, most]
+        ids = ranked(self.values, most)  # [A, most]
         chosen = self.values.gather(-1, tokens[self.rows][:, None])
         told = zip(ids.tolist(), self.values.gather(-1, ids).tolist(), chosen[:, 0].tolist(), strict=True)
         for top in self.asked:
@@ -41,14 +41,13 @@ class Logprobs(NamedTuple):
                 yield common.TokenLogprobs(chosen=own, top_ids=top_ids[:top], top=best[:top])
 
 
-def ranked(values: Tensor, count: int, *, lower_first: bool) -> Tensor:  # [N, V] -> [N, count]
-    """Ids of the largest, best first. Which of equals comes first is stated; `torch.topk` leaves it open.
+def ranked(values: Tensor, count: int) -> Tensor:  # [N, V] -> [N, count]
+    """Ids of the largest, best first; of equals the lower id first, which `torch.topk` and `torch.sort` leave open.
 
     Each value and its id become one integer, ordered alike: no two are equal.
     """
     last = values.shape[-1] - 1
     ids = torch.arange(last + 1, device=values.device)
     bits = (values + 0.0).view(torch.int32)  # a sum has no -0.0
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (last - ids if lower_first else ids)
-    found = keys.topk(count).values & 0xFFFFFFFF
-    return last - found if lower_first else found
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (last - ids)
+    return last - (keys.topk(count).values & 0xFFFFFFFF)

@@ -128,7 +128,7 @@ def keep_top_k(scores: Tensor, top_k: Sequence[int]) -> Tensor:  # [M, V], M -> 
 
 
 def keep_top_p(scores: Tensor, top_p: Sequence[float]) -> Tensor:  # [M, V], M -> [M, V]
-    """The fewest best that have more than `top_p` of the probability; of equals, the higher ids first.
+    """The fewest best that have more than `top_p` of the probability; of equals, the lower ids.
 
     `scores` are relative to the best. Probabilities are added as integers: a sum of floats depends on its order, and
     that on the device and on the batch.
@@ -138,7 +138,7 @@ def keep_top_p(scores: Tensor, top_p: Sequence[float]) -> Tensor:  # [M, V], M -
     spare = (1 - _column(top_p, scores, torch.float64)) * total
     vocab = scores.shape[-1]
     for width in (min(NUCLEUS, vocab), vocab):
-        ids = ranked(scores, width, lower_first=False)  # [M, width]
+        ids = ranked(scores, width)  # [M, width]
         own = weights.gather(-1, ids)
         left = total - own.cumsum(-1)  # behind each
         if bool((left[:, -1:] <= spare).all()):
