@@ -42,12 +42,12 @@ class Logprobs(NamedTuple):
 
 
 def ranked(values: Tensor, count: int) -> Tensor:  # [N, V] -> [N, count]
-    """Ids of the largest, best first; of equals the lower id first, which `torch.topk` and `torch.sort` leave open.
+    """Ids of the largest values, best first; of equals the lower id first, which `torch.topk` and `torch.sort` leave
+    open. No value is above 0.
 
-    Each value and its id become one integer, ordered alike: no two are equal.
+    Each value and its id become one integer, so no two are equal: the bits of a float without its sign are in the order
+    of its size.
     """
-    last = values.shape[-1] - 1
-    ids = torch.arange(last + 1, device=values.device)
-    bits = (values + 0.0).view(torch.int32)  # a sum has no -0.0
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32 | (last - ids)
-    return last - (keys.topk(count).values & 0xFFFFFFFF)
+    keys = values.abs().view(torch.int32).long()
+    keys = keys.bitwise_left_shift_(32).bitwise_or_(torch.arange(values.shape[-1], device=values.device))
+    return keys.topk(count, largest=False).values & 0xFFFFFFFF

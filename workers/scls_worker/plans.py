@@ -147,24 +147,22 @@ def read_draw(sampling: common.Sampling, min_tokens: int, stops: Iterable[int], 
 
 
 def out_of_range(sampling: common.Sampling, vocab_size: int) -> str | None:
-    """The first field with a value that means nothing, and what it may be. No range holds NaN."""
+    """The first field with a value that means nothing, and what it must be. No range holds NaN."""
+    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
+    repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
     bias = sampling.logit_bias
     cases = (
-        ("temperature", 0 <= sampling.temperature < math.inf, "finite, not below 0"),
-        ("top_p", not sampling.HasField("top_p") or 0 < sampling.top_p <= 1, "above 0, at most 1"),
-        ("min_p", 0 <= sampling.min_p <= 1, "from 0 to 1"),
-        (
-            "repetition_penalty",
-            not sampling.HasField("repetition_penalty") or 0 < sampling.repetition_penalty < math.inf,
-            "finite, above 0",
-        ),
-        ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),
-        ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
-        ("logit_bias", all(map(math.isfinite, bias.values())), "finite"),
-        ("logit_bias", max(bias, default=0) < vocab_size, f"of ids below {vocab_size}"),
-        ("logprobs", sampling.logprobs <= MOST_LOGPROBS, f"at most {MOST_LOGPROBS}"),
+        ("temperature: must be finite and not negative", 0 <= sampling.temperature < math.inf),
+        ("top_p: must be above 0 and at most 1", 0 < top_p <= 1),
+        ("min_p: must be from 0 to 1", 0 <= sampling.min_p <= 1),
+        ("repetition_penalty: must be finite and above 0", 0 < repetition < math.inf),
+        ("presence_penalty: must be finite", math.isfinite(sampling.presence_penalty)),
+        ("frequency_penalty: must be finite", math.isfinite(sampling.frequency_penalty)),
+        ("logit_bias: must be finite", all(map(math.isfinite, bias.values()))),
+        (f"logit_bias: ids must be below {vocab_size}", max(bias, default=0) < vocab_size),
+        (f"logprobs: must be at most {MOST_LOGPROBS}", sampling.logprobs <= MOST_LOGPROBS),
     )
-    return next((f"{field}: it is to be {range_}" for field, holds, range_ in cases if not holds), None)
+    return next((problem for problem, holds in cases if not holds), None)
 
 
 def unserved(start: pb.RowStart, info: common.WorkerInfo) -> str | None:

@@ -27,7 +27,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MOST = torch.finfo(torch.float32).max
-# Ids looked at for top_p before all of them are: most nuclei are far smaller, and to sort a vocabulary is slow.
+# Best ids that top_p looks at before it looks at all: most nuclei are far smaller, and to sort a vocabulary is slow.
 NUCLEUS = 1024
 
 
@@ -128,12 +128,12 @@ def keep_top_k(scores: Tensor, top_k: Sequence[int]) -> Tensor:  # [M, V], M -> 
 
 
 def keep_top_p(scores: Tensor, top_p: Sequence[float]) -> Tensor:  # [M, V], M -> [M, V]
-    """The fewest best that have more than `top_p` of the probability; of equals, the lower ids.
+    """The fewest best that have `top_p` of the probability; of equals, the lower ids. One is always left.
 
     `scores` are relative to the best. Probabilities are added as integers: a sum of floats depends on its order, and
     that on the device and on the batch.
     """
-    weights = (scores.double().exp() * 2.0**40).round().long()  # sums stay below 2**63
+    weights = (scores.double().exp() * 2.0**40).round().long()  # 2**23 of them would still fit in 63 bits
     total = weights.sum(-1, keepdim=True)
     spare = (1 - _column(top_p, scores, torch.float64)) * total
     vocab = scores.shape[-1]
