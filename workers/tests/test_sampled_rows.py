@@ -124,6 +124,20 @@ def test_greedy_rows_are_penalised_as_by_hand() -> None:
     assert len(set(undisturbed(free))) < len(set(undisturbed(row)))
 
 
+def test_only_what_a_penalty_weighs_is_counted() -> None:
+    router = new_router()
+    plain, presence, repetition = (start(i, [3, 5, 8, 5], 9) for i in (1, 2, 3))
+    presence.sampling.presence_penalty = 0.5
+    repetition.sampling.repetition_penalty = 1.5
+    router.plan(1, steps=3, add=[plain, presence, repetition])
+    router.run()
+    rows = router.engine.base.rows
+    assert rows[0].seen is None
+    # The third token is drawn, and not yet weighed.
+    assert sum(rows[1].seen.times) == 2 and set(rows[1].seen.ids) == set(router.outputs[2, 0][:2])
+    assert sum(rows[2].seen.times) == 2 and set(rows[2].seen.ids) == {3, 5, 8, *router.outputs[3, 0][:2]}
+
+
 def test_logprobs_travel_with_their_tokens() -> None:
     asks, silent = sampled(1), start(2, [3, 5, 8], 24)
     router = new_router()

@@ -2,6 +2,7 @@
 told of their probabilities. The steps before a draw are held against transformers in test_processors.py.
 """
 
+import dataclasses
 import math
 from itertools import pairwise
 from typing import Any
@@ -181,6 +182,21 @@ def test_no_row_depends_on_the_rows_beside_it(rows: list[Any], random: Any) -> N
     assert together == [run([row])[0] for row in rows]
     order = random.sample(range(len(rows)), len(rows))
     assert run([rows[i] for i in order]) == [together[i] for i in order]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda() -> None:
+    """The same draws as on the CPU, alone and together. Of logits that are not near a tie."""
+    logits = torch.randn(16, 32000, generator=torch.Generator().manual_seed(3)) * 3
+    rules = [dataclasses.replace(FULL, seed=i, temperature=i % 3 / 2, top_k=i % 2 * 50, logprobs=5) for i in range(16)]
+    wants = [Want(rule, i, seen(list(range(500)), [i, 7, 7])) for i, rule in enumerate(rules)]
+    expected = sampling.draw_tokens(logits.clone(), wants)
+    together = sampling.draw_tokens(logits.cuda(), wants)
+    alone = [sampling.draw_tokens(logits[i : i + 1].cuda(), wants[i : i + 1])[0] for i in range(16)]
+    for drawn in (together, alone):
+        assert [one.token for one in drawn] == [one.token for one in expected]
+        assert [one.logprobs.top_ids for one in drawn] == [one.logprobs.top_ids for one in expected]
 
 
 def test_values_at_the_ends_of_their_ranges_draw_something_allowed() -> None:
