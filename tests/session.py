@@ -8,6 +8,7 @@ import threading
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from scls_router import hash_blocks
@@ -39,8 +40,10 @@ class Row:
     output: list[int] = field(default_factory=list)
     finish: int = common.FINISH_REASON_UNSPECIFIED
     cached: int | None = None
+    logprobs: list[common.TokenLogprobs] = field(default_factory=list)
     temperature: float = 0.0
     seed: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)  # the other fields of Sampling
     ignore_eos: bool = True
     stops: tuple[int, ...] = ()
     min_tokens: int = 0
@@ -65,7 +68,7 @@ class Row:
             hash_root=self.hash_root,
             prompt_ids=ids_of(self.prompt),
             output_ids=ids_of(self.output),
-            sampling=common.Sampling(temperature=self.temperature, seed=self.seed),
+            sampling=common.Sampling(temperature=self.temperature, seed=self.seed, **self.sampling),
             limits=common.Limits(
                 max_tokens=self.max_tokens,
                 min_tokens=self.min_tokens,
@@ -192,7 +195,9 @@ class Session:
             for tokens in message.step.rows:
                 row = self.rows[(tokens.row.request, tokens.row.choice, tokens.row.attempt)]
                 assert tokens.first_index == len(row.output), "token indices in order, each once"
+                assert len(tokens.logprobs) == (len(tokens.ids) if "logprobs" in row.sampling else 0)
                 row.output.extend(tokens.ids)
+                row.logprobs.extend(tokens.logprobs)
                 if tokens.HasField("cached_tokens") and row.cached is None:
                     row.cached = tokens.cached_tokens
                 row.finish = tokens.finish or row.finish

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -212,34 +214,85 @@ def test_stop_ids_and_min_tokens(session: Session) -> None:
     assert stopped.finish == common.FINISH_REASON_STOP and stopped.output == free.output[: at + 1]
 
 
-def test_what_is_not_served_is_refused_by_name(session: Session) -> None:
-    for field, value in [
-        ("top_k", 5),
-        ("top_p", 0.5),
-        ("min_p", 0.1),
-        ("repetition_penalty", 1.5),
-        ("presence_penalty", 1.0),
-        ("frequency_penalty", 1.0),
-        ("logprobs", 2),
-    ]:
-        start = row().start(session.info.served_names[0])
-        setattr(start.sampling, field, value)
+INF, NAN = math.inf, math.nan
+VOCAB = -1  # stands for the worker's
+OUT_OF_RANGE: list[tuple[str, object]] = [
+    *(("temperature", bad) for bad in (-1.0, NAN, INF)),
+    *(("top_p", bad) for bad in (0.0, 1.5, NAN)),
+    *(("min_p", bad) for bad in (-0.5, 1.5, NAN)),
+    *(("repetition_penalty", bad) for bad in (0.0, -1.0, NAN, INF)),
+    *(("presence_penalty", bad) for bad in (NAN, INF)),
+    *(("frequency_penalty", bad) for bad in (NAN, -INF)),
+    *(("logit_bias", bad) for bad in ({5: NAN}, {5: INF}, {5: 0.0, VOCAB: 0.0})),
+    ("logprobs", 21),
+]
+
+
+def test_what_is_out_of_range_or_not_served_is_refused_by_name(session: Session) -> None:
+    def refused(field: str, start: pb.RowStart) -> None:
+        good = row().start(session.info.served_names[0])
         session.plan_no += 1
         session.send(
             plan=pb.Plan(
                 plan_no=session.plan_no,
                 base_batch=session.last_batch,
                 keep=pb.Plan.KEEP_NONE,
-                add=[start],
+                add=[good, start],
                 steps=4,
                 ceiling_blocks=99,
             )
         )
-        refused = session.until("refused").refused
-        assert refused.reason == pb.Refused.REASON_UNSUPPORTED and field in refused.detail
-        assert [r.request for r in refused.rows] == [start.row.request]
+        answer = session.until("refused").refused
+        assert answer.reason in (pb.Refused.REASON_UNSUPPORTED, pb.Refused.REASON_INVALID)
+        assert answer.detail.startswith(field), f"{field}: {answer.detail}"
+        assert [r.request for r in answer.rows] == [start.row.request]
+
+    for field, value in OUT_OF_RANGE:
+        start = row().start(session.info.served_names[0])
+        if isinstance(value, dict):
+            start.sampling.logit_bias.update(
+                {session.info.vocab_size if k == VOCAB else k: v for k, v in value.items()}
+            )
+        else:
+            setattr(start.sampling, field, value)
+        refused(field, start)
+    for field, value in (("adapter", "a"), ("deadline_ms_left", 5)):
+        start = row().start(session.info.served_names[0])
+        setattr(start, field, value)
+        refused(field, start)
     ok = row(max_tokens=2)
-    session.run(add=[ok], steps=4)
+    assert len(session.run(add=[ok], steps=4).rows) == 1, "nothing of a refused plan is left"
+
+
+def test_every_sampling_field_is_served_alike_for_every_slicing(session: Session) -> None:
+    bias = {3: 1.5, session.info.vocab_size - 1: -100.0}
+    fields: dict[str, object] = dict(
+        top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=-0.5
+    )
+    whole = row(max_tokens=12, temperature=0.8, seed=2**64 - 1, sampling={**fields, "logit_bias": bias, "logprobs": 3})
+    session.run(add=[whole], steps=16)
+    sliced = dataclasses.replace(whole, request=next(_requests), output=[], logprobs=[], finish=0)
+    beside = row(max_tokens=30)
+    session.run(add=[beside, sliced], steps=5)
+    while not sliced.finish:
+        session.run(keep="survivors", steps=1)
+    session.send(drop=pb.Drop(rows=[beside.id]))
+    assert sliced.output == whole.output
+    assert [list(told.top_ids) for told in sliced.logprobs] == [list(told.top_ids) for told in whole.logprobs]
+
+
+def test_logprobs_of_rows_that_ask(session: Session) -> None:
+    vocab = session.info.vocab_size
+    chosen, some, most = (row(max_tokens=5, sampling={"logprobs": k}) for k in (0, 2, 20))
+    session.run(add=[chosen, row(max_tokens=5), some, most], steps=8)
+    for asked, count in ((chosen, 0), (some, 2), (most, 20)):
+        assert len(asked.logprobs) == 5
+        for token, told in zip(asked.output, asked.logprobs, strict=True):
+            assert told.chosen <= 0 and len(told.top_ids) == len(told.top) == count
+            assert list(told.top) == sorted(told.top, reverse=True) and sum(map(math.exp, told.top)) <= 1 + 1e-5
+            assert len(set(told.top_ids)) == count and all(id_ < vocab for id_ in told.top_ids)
+            # Greedy, and nothing was changed: what was drawn is what is most likely.
+            assert not count or (told.top_ids[0], told.top[0]) == (token, told.chosen)
 
 
 def test_a_bad_token_id_or_length_is_refused(session: Session) -> None:

@@ -186,21 +186,41 @@ def test_greedy_is_exact_for_the_full_product(fleets: dict[str, Fleet]) -> None:
         check(fleets, case)
 
 
-def test_seeded_sampling_is_the_same_for_every_slice_batch_and_worker(fleets: dict[str, Fleet]) -> None:
+EVERY_FIELD = dict(
+    top_k=50,
+    top_p=0.95,
+    min_p=0.02,
+    repetition_penalty=1.2,
+    presence_penalty=0.6,
+    frequency_penalty=0.4,
+    logit_bias={7: 2.0, 11: -100.0},
+    logprobs=2,
+)
+
+
+@pytest.mark.parametrize("sampling", [{}, EVERY_FIELD], ids=["temperature", "every-field"])
+def test_seeded_sampling_is_the_same_for_every_slice_batch_and_worker(fleets: dict[str, Fleet], sampling: dict) -> None:
     fleet = fleets["embedded"]
     prompt = ids(5, 40, fleet.vocab)
-    answers = []
-    for steps, mixed, at in [(64, False, 0), (1, False, 1), (7, True, 0), (16, True, 1)]:
+
+    def drawn(steps: int, mixed: bool, at: int, seed: int = 1234, **more: object) -> Row:
+        """One row to its end; where `more` has an output, another worker has drawn that."""
         session = fleet.sessions[at]
-        row = Row(prompt, LIMIT, next(_numbers), temperature=0.9, seed=1234, hash_root=next(_numbers))
+        row = Row(prompt, LIMIT, next(_numbers), temperature=0.9, seed=seed, sampling=sampling, min_tokens=4, **more)
         beside = [Row(ids(i, 30 + i, fleet.vocab), 100, next(_numbers)) for i in range(3)] if mixed else []
         session.run(add=[*beside, row], steps=steps)
         while not row.finish:
             session.run(keep="survivors", steps=steps)
         session.send(drop=pb.Drop(rows=[b.id for b in beside]))
-        answers.append(row.output)
-    assert all(a == answers[0] for a in answers)
-    other = Row(prompt, LIMIT, next(_numbers), temperature=0.9, seed=1235)
-    fleet.sessions[0].run(add=[other], steps=64)
-    assert other.output != answers[0], "another seed draws otherwise"
+        return row
+
+    first = drawn(64, False, 0, hash_root=next(_numbers))
+    for steps, mixed, at in [(1, False, 1), (7, True, 0), (16, True, 1)]:
+        again = drawn(steps, mixed, at, hash_root=next(_numbers))
+        assert again.output == first.output
+        assert [t.chosen for t in again.logprobs] == pytest.approx([t.chosen for t in first.logprobs], abs=1e-4)
+    moved = drawn(5, False, 1, hash_root=next(_numbers), output=first.output[:9])
+    assert moved.output == first.output
+    other = drawn(64, False, 0, seed=1235)
+    assert other.output != first.output, "another seed draws otherwise"
     assert other.output != greedy(fleet.model, prompt, LIMIT).ids

@@ -15,7 +15,7 @@ from .owner import Owner, Session
 from .plans import Plan, Refusal, read_plan
 from .proto import common_pb2 as common
 from .proto import worker_pb2 as pb
-from .rows import Batch, Chunk, Row, RowKey
+from .rows import Batch, Chunk, Drawn, Row, RowKey
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,10 @@ LEASE_US = 10_000_000
 
 
 class Runner(Protocol):
-    """The model. One call is one forward pass over all chunks; returns a token for each chunk that draws, in order."""
+    """The model. One call is one forward pass over all chunks; returns what each chunk that draws has drawn, in
+    order."""
 
-    def run(self, chunks: Sequence[Chunk]) -> list[int]: ...
+    def run(self, chunks: Sequence[Chunk]) -> list[Drawn]: ...
 
 
 class Engine:
@@ -63,14 +64,14 @@ class Engine:
         try:
             chunks = self._plan_chunks(batch, fresh)
             batch.peak_blocks = max(batch.peak_blocks, self.pool.running)
-            tokens = self.runner.run(chunks)
-            if len(tokens) != sum(chunk.draws for chunk in chunks):
+            drawn = self.runner.run(chunks)
+            if len(drawn) != sum(chunk.draws for chunk in chunks):
                 raise RuntimeError("the runner drew another number of tokens than asked")
         except Exception as error:
             log.exception("batch failed: %s", batch.number)
             self._fail(batch, error, fresh)
             return
-        drawn = self._advance(batch, chunks, tokens)
+        told = self._advance(batch, chunks, drawn)
         batch.iterations += 1
         self.iterations += 1
         self.device_idle_since_us = self.clock()
@@ -78,7 +79,7 @@ class Engine:
             batch.prefill_us += self.device_idle_since_us - began_us
         else:
             batch.decode_us += self.device_idle_since_us - began_us
-        self._send_step(batch, drawn)
+        self._send_step(batch, told)
         self._end_if_due()
 
     def _plan_chunks(self, batch: Batch, fresh: list[int]) -> list[Chunk]:
@@ -104,29 +105,29 @@ class Engine:
             held = (row for row in self.rows.values() if row.use is Use.HELD and row.blocks)
             min(held, key=lambda row: (row.hold_rank, row.key)).drop_kv(self.pool)
 
-    def _advance(self, batch: Batch, chunks: Sequence[Chunk], tokens: Iterable[int]) -> list[pb.RowTokens]:
+    def _advance(self, batch: Batch, chunks: Sequence[Chunk], drawn: Iterable[Drawn]) -> list[pb.RowTokens]:
         """Writes down what the pass computed and drew; rows that ended leave."""
-        draws = iter(tokens)
-        drawn = []
-        for row, _, size, draw in chunks:
+        rest = iter(drawn)
+        told = []
+        for row, _, size, draws in chunks:
             row.settle(self.pool)
             row.computed += size
             row.ran += size
-            if not draw:
+            if not draws:
                 continue
-            token = next(draws)
+            one = next(rest)
             index = row.output_len
             row.wants_prefill = False
-            row.tokens[row.known] = token
+            row.tokens[row.known] = one.token
             row.known += 1
             row.emitted += 1
-            if token in row.stops and index >= row.min_tokens:
+            if one.token in row.stops and index >= row.min_tokens:
                 self._finish(row, common.FINISH_REASON_STOP)
             elif row.output_len == row.max_tokens:
                 self._finish(row, common.FINISH_REASON_LENGTH)
-            drawn.append(reports.drawn(row, token))
+            told.append(reports.row_tokens(row, one))
         batch.live = [row for row in batch.live if not row.finish]
-        return drawn
+        return told
 
     def _finish(self, row: Row, reason: common.FinishReason) -> None:
         row.finish = reason
@@ -142,15 +143,15 @@ class Engine:
         self.pool.forget(fresh)
         batch.iterations += 1
         self.device_idle_since_us = self.clock()
-        self._send_step(batch, [reports.drawn(row, None) for row in ended])
+        self._send_step(batch, [reports.row_tokens(row, None) for row in ended])
         self._end(batch, pb.SliceReport.END_ERROR, f"{type(error).__name__}: {error}"[:500])
 
-    def _send_step(self, batch: Batch, drawn: list[pb.RowTokens]) -> None:
+    def _send_step(self, batch: Batch, told: list[pb.RowTokens]) -> None:
         self._send_deltas()
-        drawn += [reports.drawn(row, None) for row in batch.dropped]
+        told += [reports.row_tokens(row, None) for row in batch.dropped]
         batch.dropped = []
-        if drawn:
-            self.owner.send(step=pb.Step(batch=batch.number, step=batch.iterations, rows=drawn))
+        if told:
+            self.owner.send(step=pb.Step(batch=batch.number, step=batch.iterations, rows=told))
 
     # ---------------------------------------------------------------- from batch to batch
 

@@ -1,13 +1,16 @@
-"""A runner without a model: the next token is a function of the last one and its place. Knows no torch.
+"""A runner without a model: the next token is a function of the last one and its place, whatever `Sampling` asks for.
+Knows no torch.
 
 `scls-router mock-worker` draws by the same rule, so both can serve one pool and stand in for each other in the
 conformance suite.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
-from .rows import Chunk
+from .proto import common_pb2 as common
+from .rows import Chunk, Drawn, Row
 
 # Ids below are left to a tokenizer's special tokens. An eos is never drawn: mock rows end by length or a stop id.
 FIRST_ID = 3
@@ -27,6 +30,16 @@ def next_token(token: int, position: int, vocab: int) -> int:
     return FIRST_ID + splitmix64((token << 32) | position) % (vocab - FIRST_ID)
 
 
+def next_logprobs(token: int, top: int, vocab: int) -> common.TokenLogprobs:
+    """As if each id were half as likely as the one before, beginning with `token`."""
+    ranks = range(min(top, vocab))
+    return common.TokenLogprobs(
+        chosen=-math.log(2),
+        top_ids=[(token + rank) % vocab for rank in ranks],
+        top=[-(rank + 1) * math.log(2) for rank in ranks],
+    )
+
+
 class MockRunner:
     def __init__(
         self,
@@ -40,13 +53,14 @@ class MockRunner:
         self.prefill_us_per_token = prefill_us_per_token
         self.sleep = sleep
 
-    def run(self, chunks: Sequence[Chunk]) -> list[int]:
+    def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         prefill = sum(chunk.size for chunk in chunks if chunk.size > 1)
         duration_us = self.step_us + prefill * self.prefill_us_per_token
         if duration_us > 0:
             self.sleep(duration_us / 1e6)
-        return [
-            next_token(int(row.tokens[row.known - 1]), row.known - 1, self.vocab)
-            for row, _, _, draws in chunks
-            if draws
-        ]
+        return [self._draw(chunk.row) for chunk in chunks if chunk.draws]
+
+    def _draw(self, row: Row) -> Drawn:
+        token = next_token(int(row.tokens[row.known - 1]), row.known - 1, self.vocab)
+        top = row.draw.logprobs
+        return Drawn(token, None if top is None else next_logprobs(token, top, self.vocab))

@@ -25,7 +25,7 @@ from .errors import StartupError
 from .folder import eos_token_ids
 from .info import digest, model_files, tokenizer_files, worker_info
 from .options import CONTEXTS_A_POOL, Served
-from .rows import Chunk
+from .rows import Chunk, Drawn
 from .sampling import Want, draw_tokens
 
 AttentionInterface.register("scls", attend)
@@ -52,7 +52,7 @@ class ModelRunner:
         ]
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> list[int]:
+    def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         spans = [Span(chunk.row.blocks, chunk.start, chunk.size) for chunk in chunks]
         here = Pass(spans, self.block_size, self.pools, self.device)
         packed = [chunks[i] for i in here.order]
@@ -62,10 +62,10 @@ class ModelRunner:
         if not drawing:
             return []
         logits = self.model.lm_head(hidden[here.ends[drawing]])  # [N, V]
-        wants = [Want(packed[i].row.draw, packed[i].row.output_len) for i in drawing]
-        tokens = draw_tokens(logits, wants).tolist()
+        rows = [packed[i].row for i in drawing]
+        wants = [Want(row.draw, row.output_len, row.counted()) for row in rows]
         # Back from packed order to the engine's.
-        drawn = {here.order[i]: token for i, token in zip(drawing, tokens, strict=True)}
+        drawn = {here.order[i]: one for i, one in zip(drawing, draw_tokens(logits, wants), strict=True)}
         return [drawn[i] for i in sorted(drawn)]
 
     def _hidden(self, ids: Tensor, here: Pass) -> Tensor:

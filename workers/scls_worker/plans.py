@@ -16,6 +16,8 @@ from .rows import Draw, Row, RowKey
 
 # Rows of a list that is too long are not all named back.
 MOST_ROWS_NAMED = 64
+# Of the contract.
+MOST_LOGPROBS = 20
 
 
 class Refusal(Exception):
@@ -81,6 +83,8 @@ def read_row(start: pb.RowStart, info: common.WorkerInfo) -> Row:
 
     if field := unserved(start, info):
         raise refuse(pb.Refused.REASON_UNSUPPORTED, field)
+    if problem := out_of_range(start.sampling, info.vocab_size):
+        raise refuse(pb.Refused.REASON_INVALID, problem)
     ids = start.prompt_ids.le_u32 + start.output_ids.le_u32
     prompt_len, known = len(start.prompt_ids.le_u32) // 4, len(ids) // 4
     if prompt_len == 0 or len(start.prompt_ids.le_u32) % 4:
@@ -114,32 +118,58 @@ def read_row(start: pb.RowStart, info: common.WorkerInfo) -> Row:
         max_tokens=limits.max_tokens,
         min_tokens=limits.min_tokens,
         stops=frozenset(stops),
-        draw=Draw(start.sampling.temperature, start.sampling.seed, limits.min_tokens, tuple(sorted(stops))),
+        draw=read_draw(start.sampling, limits.min_tokens, stops, info.vocab_size),
         prefill_budget=start.prefill_budget,
         hold_rank=start.hold_rank,
     )
 
 
+def read_draw(sampling: common.Sampling, min_tokens: int, stops: Iterable[int], vocab_size: int) -> Draw:
+    def given(field: str, off: float) -> float:
+        value: float = getattr(sampling, field)
+        return value if sampling.HasField(field) else off
+
+    return Draw(
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        top_k=sampling.top_k,
+        top_p=given("top_p", 1.0),
+        min_p=given("min_p", 0.0),
+        repetition_penalty=given("repetition_penalty", 1.0),
+        presence_penalty=given("presence_penalty", 0.0),
+        frequency_penalty=given("frequency_penalty", 0.0),
+        logit_bias=tuple(sampling.logit_bias.items()),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        min_tokens=min_tokens,
+        # A folder may name an eos that its vocabulary lacks.
+        forbidden=tuple(sorted(id_ for id_ in stops if id_ < vocab_size)),
+    )
+
+
+def out_of_range(sampling: common.Sampling, vocab_size: int) -> str | None:
+    """The first field with a value that means nothing, and what it must be. No range holds NaN."""
+    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
+    repetition = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
+    bias = sampling.logit_bias
+    cases = (
+        ("temperature: must be finite and not negative", 0 <= sampling.temperature < math.inf),
+        ("top_p: must be above 0 and at most 1", 0 < top_p <= 1),
+        ("min_p: must be from 0 to 1", 0 <= sampling.min_p <= 1),
+        ("repetition_penalty: must be finite and above 0", 0 < repetition < math.inf),
+        ("presence_penalty: must be finite", math.isfinite(sampling.presence_penalty)),
+        ("frequency_penalty: must be finite", math.isfinite(sampling.frequency_penalty)),
+        ("logit_bias: must be finite", all(map(math.isfinite, bias.values()))),
+        (f"logit_bias: ids must be below {vocab_size}", max(bias, default=0) < vocab_size),
+        (f"logprobs: must be at most {MOST_LOGPROBS}", sampling.logprobs <= MOST_LOGPROBS),
+    )
+    return next((problem for problem, holds in cases if not holds), None)
+
+
 def unserved(start: pb.RowStart, info: common.WorkerInfo) -> str | None:
     """The first field with a value that this worker does not serve. A value that means "off" is served."""
-    sampling = start.sampling
-
-    def given(field: str, off: float) -> bool:
-        # NaN is not off.
-        return sampling.HasField(field) and getattr(sampling, field) != off
-
     cases = (
         ("model", start.model not in info.served_names),
         ("adapter", bool(start.adapter)),
         ("deadline_ms_left", start.HasField("deadline_ms_left")),
-        ("temperature", not (math.isfinite(sampling.temperature) and sampling.temperature >= 0)),
-        ("top_k", sampling.top_k != 0),
-        ("top_p", given("top_p", 1.0)),
-        ("min_p", given("min_p", 0.0)),
-        ("repetition_penalty", given("repetition_penalty", 1.0)),
-        ("presence_penalty", given("presence_penalty", 0.0)),
-        ("frequency_penalty", given("frequency_penalty", 0.0)),
-        ("logit_bias", bool(sampling.logit_bias)),
-        ("logprobs", sampling.HasField("logprobs")),
     )
     return next((field for field, refused in cases if refused), None)

@@ -10,7 +10,7 @@ from .kv_pool import KvPool
 from .plans import Refusal
 from .proto import common_pb2 as common
 from .proto import worker_pb2 as pb
-from .rows import Batch, Row
+from .rows import Batch, Drawn, Row
 
 # No message passes 1 MiB; a little is left for the rest of it.
 HASHES_A_CHUNK = (1 << 17) - 1024
@@ -42,15 +42,16 @@ def deltas(stored: Sequence[int], removed: Sequence[int]) -> Iterator[pb.KvDelta
         yield pb.KvDelta(stored_le_u64=_pack(chunk))
 
 
-def drawn(row: Row, token: int | None) -> pb.RowTokens:
+def row_tokens(row: Row, drawn: Drawn | None) -> pb.RowTokens:
     """One row's part of a Step: the token it drew just now, or none where it ended without."""
-    tokens = pb.RowTokens(
-        row=row.key.id(),
-        first_index=row.output_len - (token is not None),
-        ids=() if token is None else (token,),
-        finish=row.finish,
-    )
-    if token is not None and row.cached_prompt is not None:
+    tokens = pb.RowTokens(row=row.key.id(), first_index=row.output_len, finish=row.finish)
+    if drawn is None:
+        return tokens
+    tokens.first_index -= 1
+    tokens.ids.append(drawn.token)
+    if drawn.logprobs is not None:
+        tokens.logprobs.append(drawn.logprobs)
+    if row.cached_prompt is not None:
         tokens.cached_tokens = row.cached_prompt
         row.cached_prompt = None
     return tokens

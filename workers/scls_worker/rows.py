@@ -13,6 +13,7 @@ from scls_router import hash_blocks
 
 from .kv_pool import KvPool, Parent, Use
 from .proto import common_pb2 as common
+from .seen import Seen
 
 
 class RowKey(NamedTuple):
@@ -30,12 +31,29 @@ class RowKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How a row's next token is drawn. `forbidden` ids are not, before the row has `min_tokens`."""
+    """How a row's next token is drawn: `Sampling` of the contract, checked. The defaults change nothing."""
 
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0: greedy
     seed: int = 0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # an id comes once
+    logprobs: int | None = None  # None: none. 0: of the drawn token. k: of the k most likely ones too
     min_tokens: int = 0
-    forbidden: tuple[int, ...] = ()
+    forbidden: tuple[int, ...] = ()  # before the row has `min_tokens`
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class Drawn(NamedTuple):
+    token: int
+    logprobs: common.TokenLogprobs | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +67,7 @@ class Row:
     min_tokens: int = 0
     stops: frozenset[int] = frozenset()
     draw: Draw = Draw()
+    seen: Seen | None = None  # from its first draw, where the draw penalises
     prefill_budget: int = 0
     hold_rank: int = 0
 
@@ -83,6 +102,17 @@ class Row:
     def positions_after(self, steps: int) -> int:
         """KV positions the row can have after that many iterations: the last token drawn is not computed."""
         return self.known + min(steps, self.max_tokens - self.output_len) - 1
+
+    def counted(self) -> Seen | None:
+        """What a penalty weighs of the tokens so far; None where none is asked for."""
+        if not self.draw.penalises:
+            return None
+        if self.seen is None:
+            # Only repetition looks at the prompt, which may be long.
+            prompt = self.tokens[: self.prompt_len] if self.draw.repetition_penalty != 1.0 else self.tokens[:0]
+            self.seen = Seen(prompt.tolist(), len(self.tokens))
+        self.seen.follow(self.tokens[self.prompt_len : self.known])
+        return self.seen
 
     def start(self) -> None:
         """A batch starts: what its report will say of this row begins at zero."""

@@ -1,11 +1,14 @@
 """The Session contract on the mock runner: plans, membership, ends, reports, the session's own life."""
 
+import math
 import struct
 
 import pytest
 from scls_worker.proto import common_pb2 as common
 from scls_worker.proto import worker_pb2 as pb
+from scls_worker.rows import Drawn
 from worker_harness import (
+    VOCAB,
     FailingRunner,
     FakeSession,
     Router,
@@ -22,6 +25,7 @@ from worker_harness import (
 STOP, LENGTH = common.FINISH_REASON_STOP, common.FINISH_REASON_LENGTH
 CANCELLED, ERROR = common.FINISH_REASON_CANCELLED, common.FINISH_REASON_ERROR
 S = pb.SliceReport
+INF, NAN = math.inf, math.nan
 
 
 def test_hello_is_answered_with_a_snapshot() -> None:
@@ -267,7 +271,7 @@ def test_a_failing_pass_ends_its_batch_only() -> None:
 
 def test_a_runner_that_draws_too_little_is_an_error() -> None:
     class Lazy:
-        def run(self, chunks: object) -> list[int]:
+        def run(self, chunks: object) -> list[Drawn]:
             return []
 
     router = Router(Lazy())
@@ -403,6 +407,8 @@ def change(row: pb.RowStart, **fields: object) -> pb.RowStart:
         target = getattr(row, part) if field else row
         if isinstance(value, common.TokenIds):
             getattr(row, part).CopyFrom(value)
+        elif isinstance(value, dict):
+            getattr(target, field).update(value)
         else:
             setattr(target, field or part, value)
     return row
@@ -412,15 +418,6 @@ UNSUPPORTED = [
     dict(model="other"),
     dict(adapter="a"),
     dict(deadline_ms_left=5),
-    dict(sampling__temperature=-1.0),
-    dict(sampling__temperature=float("nan")),
-    dict(sampling__top_k=5),
-    dict(sampling__top_p=0.5),
-    dict(sampling__min_p=0.1),
-    dict(sampling__repetition_penalty=1.1),
-    dict(sampling__presence_penalty=0.1),
-    dict(sampling__frequency_penalty=float("nan")),
-    dict(sampling__logprobs=0),
     dict(limits__max_tokens=200000),
     dict(limits__min_tokens=50),
     dict(prompt_ids=pack([5, 1000])),
@@ -438,15 +435,36 @@ def test_what_is_not_served_is_named(fields: dict[str, object]) -> None:
     assert router.engine.rows == {} and not router.engine.ready
 
 
-def test_logit_bias_is_refused_and_values_that_mean_off_are_served() -> None:
+def test_every_sampling_field_is_served() -> None:
+    row = change(start(1, 5, 5), sampling__top_k=2**32 - 1, sampling__top_p=1e-6, sampling__min_p=1.0)
+    change(row, sampling__repetition_penalty=1e-6, sampling__presence_penalty=-1e6, sampling__frequency_penalty=1e6)
+    change(row, sampling__logprobs=20, sampling__temperature=1e6)
+    row.sampling.logit_bias.update({0: -1e30, VOCAB - 1: 1e30})
     router = Router()
-    row = start(1, 5, 5)
-    row.sampling.logit_bias[5] = 1.0
     router.plan(1, add=[row])
-    assert refusal(router).detail == "logit_bias"
-    row = change(start(1, 5, 5), sampling__top_p=1.0, sampling__min_p=0.0, sampling__repetition_penalty=1.0)
-    router.plan(1, add=[change(row, sampling__presence_penalty=0.0, sampling__frequency_penalty=0.0)])
-    assert router.engine.ready
+    assert router.engine.batch.rows[0].draw.logit_bias == ((0, pytest.approx(-1e30)), (VOCAB - 1, pytest.approx(1e30)))
+    off = change(start(2, 5, 5), sampling__top_p=1.0, sampling__min_p=0.0, sampling__repetition_penalty=1.0)
+    change(off, sampling__presence_penalty=0.0, sampling__frequency_penalty=0.0)
+    router.plan(2, 1, add=[off])
+    router.run()
+    assert not of(router.session.sent, "refused") and len(router.finishes) == 2
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 7])
+def test_logprobs_of_the_mock(vocab: int) -> None:
+    router = Router(vocab_size=vocab)
+    prompt = [3, 4, 5]
+    rows = [start(1, prompt, 3), *(change(start(i, prompt, 3), sampling__logprobs=k) for i, k in ((2, 0), (3, 9)))]
+    router.plan(1, add=rows)
+    parts = [part for step in of(router.run(), "step") for part in step.rows]
+    assert all(len(part.ids) == 1 and len(part.logprobs) == (part.row.request > 1) for part in parts)
+    for part in (part for part in parts if part.logprobs):
+        (told,) = part.logprobs
+        ranks = range(min(9, vocab) if part.row.request == 3 else 0)
+        assert told.chosen == pytest.approx(-math.log(2))
+        assert list(told.top_ids) == [(part.ids[0] + rank) % vocab for rank in ranks]
+        assert list(told.top) == pytest.approx([-(rank + 1) * math.log(2) for rank in ranks])
+    assert router.outputs[1, 0] == router.outputs[2, 0] == router.outputs[3, 0] == mock_output(prompt, 3, vocab)
 
 
 INVALID = [
@@ -454,14 +472,26 @@ INVALID = [
     dict(prompt_ids=common.TokenIds(le_u32=b"abcde")),
     dict(output_ids=common.TokenIds(le_u32=b"ab")),
     dict(limits__max_tokens=0),
+    *(dict(sampling__temperature=bad) for bad in (-1.0, NAN, INF)),
+    *(dict(sampling__top_p=bad) for bad in (0.0, -0.5, 1.5, NAN)),
+    *(dict(sampling__min_p=bad) for bad in (-0.1, 1.5, NAN)),
+    *(dict(sampling__repetition_penalty=bad) for bad in (0.0, -1.0, NAN, INF)),
+    *(dict(sampling__presence_penalty=bad) for bad in (NAN, INF)),
+    *(dict(sampling__frequency_penalty=bad) for bad in (NAN, -INF)),
+    *(dict(sampling__logit_bias=bad) for bad in ({5: NAN}, {5: -INF}, {VOCAB: 1.0}, {5: 0.0, 2**32 - 1: 0.0})),
+    *(dict(sampling__logprobs=bad) for bad in (21, 2**32 - 1)),
 ]
 
 
 @pytest.mark.parametrize("fields", INVALID, ids=lambda fields: next(iter(fields)))
 def test_what_is_malformed_is_refused(fields: dict[str, object]) -> None:
     router = Router()
-    router.plan(1, add=[change(start(1, 5, 5), **fields)])
-    assert refusal(router).reason == pb.Refused.REASON_INVALID
+    router.plan(1, add=[start(2, 5, 5), change(start(1, 5, 5), **fields)])
+    answer = refusal(router)
+    assert answer.reason == pb.Refused.REASON_INVALID
+    assert answer.detail.startswith(next(iter(fields)).split("__")[-1])
+    assert [row.request for row in answer.rows] == [1]
+    assert router.engine.rows == {} and not router.engine.ready
 
 
 def test_plans_without_steps_or_keep_are_refused() -> None:
@@ -498,7 +528,7 @@ def test_times_of_a_slice() -> None:
         def __init__(self, inner: object) -> None:
             self.inner = inner
 
-        def run(self, chunks: object) -> list[int]:
+        def run(self, chunks: object) -> list[Drawn]:
             router.now_us += 10
             return self.inner.run(chunks)
 

@@ -12,6 +12,7 @@ from scls_worker.kv_pool import KvPool
 from scls_worker.mock import MockRunner, next_token
 from scls_worker.proto import common_pb2 as common
 from scls_worker.proto import worker_pb2 as pb
+from scls_worker.rows import Drawn
 
 VOCAB = 1000
 ROOT = 77
@@ -36,7 +37,7 @@ class FailingRunner(MockRunner):
 
     poison = 999
 
-    def run(self, chunks: Sequence[Any]) -> list[int]:
+    def run(self, chunks: Sequence[Any]) -> list[Drawn]:
         if any(self.poison in chunk.row.tokens[: chunk.row.known] for chunk in chunks):
             raise RuntimeError("out of luck")
         return super().run(chunks)
