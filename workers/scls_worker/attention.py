@@ -110,15 +110,16 @@ class Pass:
         table = np.zeros((len(seen), max(len(blocks) for _, blocks, _ in seen)), dtype=np.int64)
         for row, (_, blocks, _) in zip(table, seen, strict=True):
             row[: len(blocks)] = blocks
-        lengths = np.array([[span.start + 1 - base] for span, _, base in seen])  # [N, 1]
+        lengths = np.array([span.start + 1 - base for span, _, base in seen])
         longest = int(lengths.max())
         slots = (table[:, :, None] * size + np.arange(size)).reshape(len(seen), -1)[:, :longest]
-        at = np.arange(longest)
-        mask = at < lengths
         # Behind its end a row reads its last slot again: a mask does not keep another row's NaN out of a sum.
-        slots = np.where(mask, slots, np.take_along_axis(slots, lengths - 1, axis=1))
+        for row_slots, length in zip(slots, lengths, strict=True):
+            row_slots[length:] = row_slots[length - 1]
+        at = np.arange(longest)
+        mask = at < lengths[:, None]
         if window is not None:
-            mask &= at >= lengths - window
+            mask &= at >= lengths[:, None] - window
         return Ones(_to(slots, self.device), _to(mask, self.device)[:, None, None, :])
 
 
