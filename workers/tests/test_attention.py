@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
@@ -41,6 +41,9 @@ chunks = st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1, 1, 2, 3, 5, 
     heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     seed=st.integers(0, 1000),
 )
+# A window one short of a row, of a row exactly, and one longer.
+@example(chunks=[(0, 8)], block_size=4, windows=[7, 8, 9], softcap=None, heads=(4, 2), seed=0)
+@example(chunks=[(8, 5), (12, 1)], block_size=4, windows=[12, 13, 14], softcap=None, heads=(4, 2), seed=0)
 def test_attend_is_plain_attention(
     chunks: list[tuple[int, int]],
     block_size: int,

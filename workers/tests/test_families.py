@@ -184,9 +184,20 @@ class Prefill:
 
 def test_a_family_is_built_from_its_folder(family: Family) -> None:
     served = build(options(family.folder, "--max-context", "100", "--block-size", "4"))
-    assert (served.info.vocab_size, served.info.max_context, served.info.blocks) == (VOCAB, 100, 100)
     # A window makes no row shorter: the pool holds four rows of full length for any family.
+    assert (served.info.vocab_size, served.info.max_context, served.info.blocks) == (VOCAB, 100, 100)
     assert list(served.info.eos_token_ids) == [2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda(family: Family) -> None:
+    runner = model_.ModelRunner(model_.load(family.folder, "cuda", "float32"), BLOCKS, BLOCK)
+    router = Router(runner, blocks=BLOCKS, vocab_size=VOCAB, max_context=256, eos_token_ids=[], chunk_tokens=5)
+    rows = [row(1, 13, 20), row(2, 1, 12), row(3, 30, 12)]
+    router.plan(1, add=rows)
+    router.run()
+    family.check(router, *rows)
 
 
 def test_bfloat16_runs(family_of: Any) -> None:
