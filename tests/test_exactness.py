@@ -186,7 +186,7 @@ def generate(fleet: Fleet, case: Case) -> tuple[list[int], list[int]]:
     return prompt, row.output
 
 
-def check(fleets: Fleets, case: Case) -> None:
+def check(fleets: dict[str, Fleet], case: Case) -> None:
     global _ran
     fleet = fleets[case[-1]]
     prompt, output = generate(fleet, case)
@@ -208,18 +208,18 @@ def test_the_cover_is_small_enough() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_greedy_is_exact(fleets: Fleets, case: Case) -> None:
+def test_greedy_is_exact(fleets: dict[str, Fleet], case: Case) -> None:
     check(fleets, case)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_greedy_is_exact_for_the_full_product(fleets: Fleets) -> None:
+def test_greedy_is_exact_for_the_full_product(fleets: dict[str, Fleet]) -> None:
     for case in itertools.product(*FACTORS.values()):
         check(fleets, case)
 
 
-def test_seeded_sampling_is_the_same_for_every_slice_batch_and_worker(fleets: Fleets) -> None:
+def test_seeded_sampling_is_the_same_for_every_slice_batch_and_worker(fleets: dict[str, Fleet]) -> None:
     fleet = fleets["embedded"]
     prompt = ids(5, 40, fleet.vocab)
     answers = []
