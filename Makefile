@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo up test lint bench proto clean soak build readme-figures setup rust-test py-test
+.PHONY: demo up test test-versions lint bench proto clean soak build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -58,6 +58,11 @@ rust-test:
 py-test:
 	@echo "==> pytest"
 	@$(PY) -m pytest
+
+test-versions: ## the worker's tests with the lowest and the newest torch and transformers (5 GB of disk each)
+	@tools/setup.sh test
+	@$(MAKE) --no-print-directory build
+	@tools/test_versions.sh $(ARGS)
 
 soak: ## the long forms of the tests: the full exactness product, many kills
 	@tools/setup.sh test

@@ -18,7 +18,7 @@ from harness import MODEL, Worker
 from reference import differs, greedy
 from scls_worker.proto import worker_pb2 as pb
 from session import Row, Session
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 LIMIT = 24  # output tokens; S = "limit" is one slice for all of them
 FACTORS: dict[str, list] = {
@@ -28,7 +28,31 @@ FACTORS: dict[str, list] = {
     "kv": ["held", "dropped"],
     "cache": ["cold", "warm"],
     "batch": ["alone", "mixed"],
-    "model": ["embedded", "random-gqa", "random-mha"],
+    "model": ["embedded", "random-gqa", "random-gemma2", "random-moe"],
+}
+RANDOM = {  # small ones of families that differ most in what a pass has to do
+    "random-gqa": ("llama", {"num_key_value_heads": 2, "num_hidden_layers": 3}),
+    "random-gemma2": (
+        "gemma2",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "sliding_window": 50,  # of every other layer; no multiple of a block
+            "query_pre_attn_scalar": 32,
+            "attn_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "random-moe": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+    ),
 }
 Case = tuple
 _numbers = itertools.count(1)
@@ -62,44 +86,53 @@ class Fleet:
     model: Path
     vocab: int
     sessions: list[Session]
+    workers: list[Worker]
+
+
+class Fleets(dict[str, Fleet]):
+    """Two workers of each model, in processes of their own, from the first case that wants them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Fleet:
+        path = MODEL if name == "embedded" else write_random(self.folder / name, *RANDOM[name])
+        workers = [Worker("--model", str(path), "--dtype", "float32", "--blocks", "400") for _ in range(2)]
+        sessions = [Session(worker.url) for worker in workers]
+        [session.snapshot() for session in sessions]
+        self[name] = Fleet(path, sessions[0].info.vocab_size, sessions, workers)
+        return self[name]
 
 
 @pytest.fixture(scope="module")
-def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fleet]]:
-    """Two workers of each model, in processes of their own."""
-    paths = {"embedded": MODEL}
-    for name, kv_heads, layers in [("random-gqa", 2, 3), ("random-mha", 4, 2)]:
-        torch.manual_seed(layers)
-        config = LlamaConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=2048,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        paths[name] = tmp_path_factory.mktemp(name)
-        LlamaForCausalLM(config).save_pretrained(paths[name])
-        # random models need some tokenizer to be served
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (paths[name] / file).write_bytes((MODEL / file).read_bytes())
-    workers = {
-        name: [Worker("--model", str(path), "--dtype", "float32", "--blocks", "400") for _ in range(2)]
-        for name, path in paths.items()
+def fleets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleets]:
+    fleets = Fleets(tmp_path_factory.mktemp("models"))
+    yield fleets
+    for fleet in fleets.values():
+        [session.close() for session in fleet.sessions]
+        [worker.stop() for worker in fleet.workers]
+
+
+def write_random(folder: Path, family: str, changes: dict) -> Path:
+    torch.manual_seed(2)
+    common = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
     }
-    out = {}
-    for name, pair in workers.items():
-        sessions = [Session(w.url) for w in pair]
-        [s.snapshot() for s in sessions]
-        out[name] = Fleet(paths[name], sessions[0].info.vocab_size, sessions)
-    yield out
-    for fleet in out.values():
-        [s.close() for s in fleet.sessions]
-    for pair in workers.values():
-        [w.stop() for w in pair]
+    config = AutoConfig.for_model(family, **{**common, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    # random models need some tokenizer to be served
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((MODEL / file).read_bytes())
+    return folder
 
 
 def ids(seed: int, length: int, vocab: int) -> list[int]:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 # What may come along in a layer's keyword arguments and changes nothing here.
-HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "cache_position", "return_dict"})
+HARMLESS = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position", "return_dict"}
+)
 
 
 class Span(NamedTuple):
@@ -32,6 +34,18 @@ class Prefill(NamedTuple):
     mask: Tensor | None  # [T, L]; None: causal from the row's first token
 
 
+class Ones(NamedTuple):
+    slots: Tensor  # [N, L]
+    mask: Tensor  # [N, 1, 1, L]
+
+
+class Sight(NamedTuple):
+    """What the packed tokens see through one window: the gathers of a layer, and their masks."""
+
+    ones: Ones | None
+    prefills: list[Prefill]
+
+
 class Pass:
     """Where an iteration's tokens write and read. Chunks of one token come first in the packed order, all in one
     gather.
@@ -41,40 +55,72 @@ class Pass:
         self, spans: Sequence[Span], block_size: int, pools: Sequence[tuple[Tensor, Tensor]], device: torch.device
     ) -> None:
         self.pools = pools  # per layer K, V: [slots, Hkv, D]
+        self.block_size, self.device = block_size, device
         ones = [i for i, span in enumerate(spans) if span.size == 1]
         self.order = ones + [i for i, span in enumerate(spans) if span.size > 1]  # packed order
-        packed = [spans[i] for i in self.order]
-        self.positions = _to(np.concatenate([np.arange(s.start, s.start + s.size) for s in packed]), device)  # [T]
-        self.ends = _to(np.cumsum([span.size for span in packed]) - 1, device)  # [rows], the last token of each
-
-        tables = [np.asarray(span.blocks, dtype=np.int64) for span in packed]
-        offsets = np.arange(block_size)
         self.ones = len(ones)
-        written: list[NDArray[np.int64]] = []
-        if ones:
-            lengths = np.array([span.start + 1 for span in packed[: self.ones]])
-            wide = -(-int(lengths.max()) // block_size)
-            table = np.zeros((self.ones, wide), dtype=np.int64)
-            for row, blocks in zip(table, tables[: self.ones], strict=True):
-                row[: min(wide, len(blocks))] = blocks[:wide]
-            longest = int(lengths.max())
-            slots = (table[:, :, None] * block_size + offsets).reshape(self.ones, -1)[:, :longest]
-            written.append(slots[np.arange(self.ones), lengths - 1])
-            self.ones_slots = _to(slots, device)  # [N, L]
-            seen = np.arange(longest)[None, :] < lengths[:, None]
-            self.ones_mask = _to(seen, device)[:, None, None, :]  # [N, 1, 1, L]
-        self.prefills: list[Prefill] = []
+        self.spans = [spans[i] for i in self.order]
+        at = np.concatenate([np.arange(s.start, s.start + s.size) for s in self.spans])
+        self.positions = _to(at, device)  # [T]
+        self.ends = _to(np.cumsum([span.size for span in self.spans]) - 1, device)  # [rows], the last token of each
+        self.tables = [np.asarray(span.blocks, dtype=np.int64) for span in self.spans]
+        # The block of each token, then its slot.
+        into = [np.array([span.blocks[span.start // block_size] for span in self.spans[: self.ones]], dtype=np.int64)]
+        for span, table in zip(self.spans[self.ones :], self.tables[self.ones :], strict=True):
+            into.append(table[np.arange(span.start, span.start + span.size) // block_size])
+        self.written = _to(np.concatenate(into) * block_size + at % block_size, device)  # [T]
+        self.longest = max(span.start + span.size for span in self.spans)
+        self._sights: dict[int | None, Sight] = {}
+
+    def sight(self, window: int | None) -> Sight:
+        """What a layer sees whose tokens look back over the last `window` positions, their own among them; None: over
+        all. Made for the first layer that asks: all layers of a model share one or two.
+        """
+        if window is not None and window >= self.longest:
+            window = None
+        if window not in self._sights:
+            self._sights[window] = self._look(window)
+        return self._sights[window]
+
+    def _look(self, window: int | None) -> Sight:
+        size = self.block_size
+        # The first block that a span sees anything of. Gathers begin there, whole blocks at a time.
+        bases = [0 if window is None else max(0, span.start + 1 - window) // size for span in self.spans]
+        seen = [
+            (span, table[base : -(-(span.start + span.size) // size)], base * size)
+            for span, table, base in zip(self.spans, self.tables, bases, strict=True)
+        ]
+        prefills = []
         first = self.ones
-        for span, blocks in zip(packed[self.ones :], tables[self.ones :], strict=True):
-            length = span.start + span.size
-            row_slots = (blocks[:, None] * block_size + offsets).reshape(-1)[:length]
-            written.append(row_slots[span.start :])
+        for span, table, base in seen[self.ones :]:
+            length = span.start + span.size - base
             mask = None
-            if span.start:
-                mask = torch.ones(span.size, length, dtype=torch.bool, device=device).tril(span.start)
-            self.prefills.append(Prefill(first, first + span.size, _to(row_slots, device), mask))
+            cut = window is not None and window < span.start + span.size
+            if span.start or cut:
+                mask = torch.ones(span.size, length, dtype=torch.bool, device=self.device).tril(span.start - base)
+            if mask is not None and window is not None:
+                mask = mask.triu(span.start - base - window + 1)
+            slots = (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
+            prefills.append(Prefill(first, first + span.size, _to(slots, self.device), mask))
             first += span.size
-        self.written = _to(np.concatenate(written), device)  # [T]
+        return Sight(self._look_of_ones(seen[: self.ones], window) if self.ones else None, prefills)
+
+    def _look_of_ones(self, seen: Sequence[tuple[Span, NDArray[np.int64], int]], window: int | None) -> Ones:
+        size = self.block_size
+        table = np.zeros((len(seen), max(len(blocks) for _, blocks, _ in seen)), dtype=np.int64)
+        for row, (_, blocks, _) in zip(table, seen, strict=True):
+            row[: len(blocks)] = blocks
+        lengths = np.array([span.start + 1 - base for span, _, base in seen])
+        longest = int(lengths.max())
+        slots = (table[:, :, None] * size + np.arange(size)).reshape(len(seen), -1)[:, :longest]
+        # Behind its end a row reads its last slot again: a mask does not keep another row's NaN out of a sum.
+        for row_slots, length in zip(slots, lengths, strict=True):
+            row_slots[length:] = row_slots[length - 1]
+        at = np.arange(longest)
+        mask = at < lengths[:, None]
+        if window is not None:
+            mask &= at >= lengths[:, None] - window
+        return Ones(_to(slots, self.device), _to(mask, self.device)[:, None, None, :])
 
 
 def _to(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -90,9 +136,14 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     scls: Pass | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface. All KV of a layer is written before any is read: rows see each other's."""
+    """transformers' attention interface. All KV of a layer is written before any is read: rows see each other's.
+
+    A row's KV outside the window stays in its blocks: another layer may see all of it, and a prefix is found whole.
+    """
     assert scls is not None, "the model runs through scls_worker.model only"
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
@@ -101,25 +152,36 @@ def attend(
     keys[scls.written] = key[0].transpose(0, 1)
     values[scls.written] = value[0].transpose(0, 1)
 
+    sight = scls.sight(sliding_window)
     query = query[0].transpose(0, 1)  # [T, H, D]
     tokens, heads, width = query.shape
     kv_heads = keys.shape[1]
     out = query.new_empty(tokens, heads, width)
-    if scls.ones:
-        n, length = scls.ones_slots.shape
-        flat = scls.ones_slots.view(-1)
+    if sight.ones is not None:
+        n, length = sight.ones.slots.shape
+        flat = sight.ones.slots.view(-1)
         k = keys.index_select(0, flat).view(n, length, kv_heads, width).transpose(1, 2)  # [N, Hkv, L, D]
         v = values.index_select(0, flat).view(n, length, kv_heads, width).transpose(1, 2)
         # The query heads of one KV head see the same keys: they stand in for query positions, and nothing is repeated.
         q = query[:n].reshape(n, kv_heads, heads // kv_heads, width)
-        o = scaled_dot_product_attention(q, k, v, attn_mask=scls.ones_mask, scale=scaling)
+        o = _weigh(q, k, v, sight.ones.mask, scaling, softcap)
         out[:n] = o.reshape(n, heads, width)
-    for first, last, slots, mask in scls.prefills:
+    for first, last, slots, mask in sight.prefills:
         k = keys.index_select(0, slots).transpose(0, 1)[None]  # [1, Hkv, L, D]
         v = values.index_select(0, slots).transpose(0, 1)[None]
         k = k.repeat_interleave(heads // kv_heads, 1)
         v = v.repeat_interleave(heads // kv_heads, 1)
         q = query[first:last].transpose(0, 1)[None]  # [1, H, T, D]
-        o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        o = _weigh(q, k, v, mask, scaling, softcap)
         out[first:last] = o[0].transpose(0, 1)
     return out[None], None  # [1, T, H, D]
+
+
+def _weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    """SDPA, or the same with scores bent towards at most `softcap`, which SDPA does not know: [.., T, D]."""
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    if mask is None:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap)) * softcap  # [.., T, L]
+    return torch.softmax(scores.masked_fill(~mask, float("-inf")).float(), dim=-1).to(v.dtype) @ v

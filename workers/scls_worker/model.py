@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from . import __version__
 from .attention import Pass, Span, attend
+from .config import first_line, kv_shape, longest_context, read_config
 from .errors import StartupError
 from .folder import eos_token_ids
 from .info import digest, model_files, tokenizer_files, worker_info
@@ -30,6 +31,12 @@ from .sampling import Want, draw_tokens
 
 AttentionInterface.register("scls", attend)
 AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
+
+# How the experts of a mixture are computed, pinned because transformers' own choice may change with version and device.
+# A token's result depends on the others of its pass by no more than rounding: nothing is dropped, and its experts are
+# summed in its own order. ("eager" computes the same, one expert behind the other; "batched_mm" copies an expert's
+# weights for every token that chose it.)
+EXPERTS = "grouped_mm"
 
 CPU_POOL_BYTES = 1 << 30
 # Of a GPU's free memory after load. The rest is for activations, logits and gathered KV.
@@ -41,8 +48,8 @@ class ModelRunner:
         self.model = model
         self.block_size = block_size
         self.device = model.device
-        config = model.config
-        shape = (blocks * block_size, config.num_key_value_heads, head_dim(config))
+        config = model.config.get_text_config()
+        shape = (blocks * block_size, *kv_shape(config))  # [slots, Hkv, D]
         self.pools = [
             (
                 torch.zeros(shape, dtype=model.dtype, device=self.device),
@@ -57,37 +64,41 @@ class ModelRunner:
         here = Pass(spans, self.block_size, self.pools, self.device)
         packed = [chunks[i] for i in here.order]
         ids = np.concatenate([chunk.row.tokens[chunk.start : chunk.start + chunk.size] for chunk in packed])
-        hidden = self._hidden(torch.from_numpy(ids.astype(np.int64)).to(self.device), here)  # [T, E]
         drawing = [i for i, chunk in enumerate(packed) if chunk.draws]
+        logits = self._logits(torch.from_numpy(ids.astype(np.int64)).to(self.device), here, drawing)  # [N, V]
         if not drawing:
             return []
-        logits = self.model.lm_head(hidden[here.ends[drawing]])  # [N, V]
         rows = [packed[i].row for i in drawing]
         wants = [Want(row.draw, row.output_len, row.counted()) for row in rows]
         # Back from packed order to the engine's.
         drawn = {here.order[i]: one for i, one in zip(drawing, draw_tokens(logits, wants), strict=True)}
         return [drawn[i] for i in sorted(drawn)]
 
-    def _hidden(self, ids: Tensor, here: Pass) -> Tensor:
-        out = self.model.model(input_ids=ids[None], position_ids=here.positions[None], use_cache=False, scls=here)
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
-
-
-def head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    def _logits(self, ids: Tensor, here: Pass, drawing: Sequence[int]) -> Tensor:
+        """Of the last tokens of the spans `drawing`. The family's own forward makes them: what it does behind the
+        output layer (Gemma 2 caps logits softly) is no business of ours.
+        """
+        out = self.model(
+            input_ids=ids[None],
+            position_ids=here.positions[None],
+            use_cache=False,
+            logits_to_keep=here.ends[list(drawing)],
+            scls=here,
+        )
+        logits: Tensor = out.logits[0]
+        return logits
 
 
 def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Served:
     """Loads a folder that was checked and sizes the pool; raises StartupError where that cannot be done."""
     folder: Path = options.model
+    config = read_config(folder)
+    max_context = longest_context(config, options.max_context)
     device = pick_device(options.device)
     dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load(folder, device, dtype)
-    config = model.config
-    max_context = min(options.max_context or config.max_position_embeddings, config.max_position_embeddings)
     blocks = options.blocks or default_blocks(config, device, model.dtype, options.block_size, max_context)
     tokenizer = tokenizer_files(folder)
     info = worker_info(
@@ -135,6 +146,8 @@ def load(folder: Path, device: str, dtype: str) -> Any:
             raise StartupError(
                 f"weights missing or of another shape: {missing[0]} and {len(missing) - 1} more in {folder}"
             )
+        if hasattr(model.config, "num_experts_per_tok"):
+            model.set_experts_implementation(EXPERTS)
         return model.to(device).eval()
     except StartupError:
         raise
@@ -144,13 +157,10 @@ def load(folder: Path, device: str, dtype: str) -> Any:
 
 def try_out(runner: ModelRunner) -> None:
     """One token through all layers: what the hook does not understand shows here, not in a request."""
-    span = Span([0], 0, 1)
+    here = Pass([Span([0], 0, 1)], runner.block_size, runner.pools, runner.device)
     with torch.inference_mode():
         try:
-            runner._hidden(
-                torch.zeros(1, dtype=torch.int64, device=runner.device),
-                Pass([span], runner.block_size, runner.pools, runner.device),
-            )
+            runner._logits(torch.zeros(1, dtype=torch.int64, device=runner.device), here, [0])
         except Exception as error:
             raise StartupError(f"the model does not run here: {first_line(error)}") from None
 
@@ -163,14 +173,11 @@ def pick_device(wanted: str) -> str:
 
 
 def default_blocks(config: Any, device: str, dtype: torch.dtype, block_size: int, max_context: int) -> int:
-    token_bytes = 2 * int(config.num_hidden_layers * config.num_key_value_heads) * head_dim(config) * dtype.itemsize
+    heads, width = kv_shape(config)
+    token_bytes = 2 * int(config.num_hidden_layers) * heads * width * dtype.itemsize
     block_bytes = block_size * token_bytes
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return max(1, int(free * CUDA_POOL_SHARE) // block_bytes)
     wanted = -(-CONTEXTS_A_POOL * max_context // block_size)
     return max(1, min(wanted, CPU_POOL_BYTES // block_bytes))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

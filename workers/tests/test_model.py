@@ -193,16 +193,3 @@ def test_build_model(folder: Path) -> None:
     again = build(options(folder)).info
     assert again.model_digest == info.model_digest and again.tokenizer_digest == info.tokenizer_digest
     assert again.worker_epoch != info.worker_epoch and list(again.served_names) == ["tiny"]
-
-
-def test_attention_arguments_that_are_not_understood_are_refused(weights: Any) -> None:
-    runner = model_.ModelRunner(weights, 4, BLOCK)
-    from scls_worker.attention import Pass, Span, attend
-
-    here = Pass([Span([0], 0, 1)], BLOCK, runner.pools, runner.device)
-    q = torch.zeros(1, 4, 1, 16)
-    k = torch.zeros(1, 2, 1, 16)
-    module = weights.model.layers[0].self_attn
-    attend(module, q, k, k, None, scaling=1.0, scls=here, sliding_window=None)
-    with pytest.raises(NotImplementedError, match="sliding_window"):
-        attend(module, q, k, k, None, scaling=1.0, scls=here, sliding_window=8)
