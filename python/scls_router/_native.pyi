@@ -4,6 +4,8 @@ from typing import Protocol, TypeAlias, final
 
 from scls_router._router import Candidate, View, WorkerLoad
 
+__all__ = ["Decision", "Router", "__version__", "hash_blocks", "main"]
+
 __version__: str
 
 class _Array(Protocol):

@@ -6,12 +6,11 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple, PyType};
-use router_core::{
-    Blocks, Candidate, Choice, DecisionId, Micros, PolicyName, Seen, Tokens, WorkerId, choose, least,
-};
+use router_core::{Blocks, Candidate, Choice, DecisionId, Micros, PolicyName, Seen, Tokens, WorkerId, choose, least};
 
 use crate::error::record;
 
+/// Where a prompt goes, with all that was known when it was decided. Immutable, comparable, picklable.
 #[pyclass(frozen, eq, module = "scls_router")]
 #[derive(PartialEq)]
 pub(crate) struct Decision {
@@ -51,71 +50,85 @@ impl Decision {
         Ok(Self { choice: Choice { id: id.map(DecisionId), seen, scores, at }, policy: Arc::from(policy), seed })
     }
 
+    /// Its name in this router; None if it was asked for with ``commit=False``.
     #[getter]
     fn id(&self) -> Option<u64> {
         self.choice.id.map(|id| id.0)
     }
 
+    /// Name of the policy; ``callable:NAME`` for one written in Python.
     #[getter]
     fn policy(&self) -> &str {
         &self.policy
     }
 
+    /// The router's seed, which ``random`` draws from.
     #[getter]
     fn seed(&self) -> u64 {
         self.seed
     }
 
+    /// Decisions made before this one: where ties begin to be broken.
     #[getter]
     fn turn(&self) -> u64 {
         self.choice.seen.turn
     }
 
+    /// Of the prompt.
     #[getter]
     fn tokens(&self) -> u64 {
         self.choice.seen.tokens.0
     }
 
+    /// Who gets it.
     #[getter]
     fn worker(&self) -> &str {
         self.choice.worker()
     }
 
+    /// Tokens of the prompt that the worker has to compute, at least 1.
     #[getter]
     fn new_tokens(&self) -> u64 {
         self.choice.chosen().new_tokens.0
     }
 
+    /// Tokens of the prompt that the worker is believed to hold, or to hold soon.
     #[getter]
     fn cached_tokens(&self) -> u64 {
         self.tokens().saturating_sub(self.new_tokens())
     }
 
+    /// New tokens on their way to the worker before this decision.
     #[getter]
     fn queued_tokens(&self) -> u64 {
         self.choice.chosen().queued.0
     }
 
+    /// Decisions for the worker that had not ended before this one.
     #[getter]
     fn batch_size(&self) -> u64 {
         self.choice.chosen().batch_size
     }
 
+    /// The winner's.
     #[getter]
     fn score(&self) -> u128 {
         self.choice.scores[self.choice.at]
     }
 
+    /// Of each candidate; the smallest wins.
     #[getter]
     fn scores(&self) -> Vec<u128> {
         self.choice.scores.clone()
     }
 
+    /// All workers as they were, in the order of ``scores``.
     #[getter]
     fn candidates<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         PyList::new(py, candidates(py, &self.choice.seen)?)
     }
 
+    /// The worker, chosen again from this record alone (for a policy written in Python: from its scores).
     fn recompute(&self) -> &str {
         let view = self.choice.seen.view();
         let at = match self.policy.parse::<PolicyName>() {

@@ -47,9 +47,7 @@ pub(crate) fn unknown_policy(py: Python<'_>, error: &UnknownPolicy) -> PyErr {
 }
 
 fn raised(py: Python<'_>, name: &str, message: &str) -> PyErr {
-    class(py, name)
-        .and_then(|class| class.call1((message,)))
-        .map_or_else(|error| error, PyErr::from_value)
+    class(py, name).and_then(|class| class.call1((message,))).map_or_else(|error| error, PyErr::from_value)
 }
 
 fn class<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {

@@ -1,4 +1,5 @@
-//! The Python binding: converts, releases the interpreter, calls, maps the error. Docstrings are in `_native.pyi`.
+//! The Python binding: converts, releases the interpreter, calls, maps the error. Docs are their first lines;
+//! all of them are in `_native.pyi`.
 
 mod decision;
 mod error;
@@ -9,6 +10,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use router_core::{BlockHash, BlockSize};
 
+/// Hashes of the whole blocks of ``ids``, each chained with the one before.
 #[pyfunction]
 fn hash_blocks(py: Python<'_>, hash_root: u64, ids: &Bound<'_, PyAny>, block_size: u32) -> PyResult<Vec<u64>> {
     let size = crate::block_size(block_size)?;
@@ -21,7 +23,7 @@ fn block_size(tokens: u32) -> PyResult<BlockSize> {
     BlockSize::new(tokens).ok_or_else(|| PyValueError::new_err("block_size must be at least 1"))
 }
 
-/// Runs the command line; the same program as the cargo binary.
+/// Runs the command line, the first argument being the program's name. Returns the exit status.
 #[pyfunction]
 fn main(py: Python<'_>, args: Vec<String>) -> u8 {
     py.detach(|| router_server::exit_code_from(args.into_iter().map(Into::into)))

@@ -28,6 +28,7 @@ enum Given {
     Ids(Vec<u32>),
 }
 
+/// The router in your own process, in front of engines of your own.
 #[pyclass(frozen, module = "scls_router")]
 pub(crate) struct Router {
     core: Mutex<router_core::Router>,
@@ -64,15 +65,18 @@ impl Router {
         Ok(Self { core, deciding, policy, policy_name, seed, size, root, tokenizer })
     }
 
+    /// A worker that holds nothing yet.
     #[pyo3(signature = (name, *, blocks = None))]
     fn add_worker(&self, py: Python<'_>, name: &str, blocks: Option<u64>) -> PyResult<()> {
         self.with(py, |core| core.add_worker(name, blocks.map(Blocks)))?.map_err(|error| Error::from(error).into_py(py))
     }
 
+    /// Forgets a worker, its blocks and the decisions for it, which have then ended.
     fn remove(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         self.with(py, |core| core.remove_worker(name))?.map_err(|error| Error::from(error).into_py(py))
     }
 
+    /// Chooses a worker.
     #[pyo3(signature = (prompt, *, commit = true))]
     fn route(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>, commit: bool) -> PyResult<Decision> {
         let given = self.given(prompt)?;
@@ -80,6 +84,7 @@ impl Router {
         choices.pop().ok_or_else(|| PyRuntimeError::new_err("one prompt, no decision"))
     }
 
+    /// As ``route`` for one after another, in one call: each decision counts before the next is made.
     #[pyo3(signature = (prompts, *, commit = true))]
     fn route_many(&self, py: Python<'_>, prompts: &Bound<'_, PyAny>, commit: bool) -> PyResult<Vec<Decision>> {
         if prompts.is_instance_of::<PyString>() || prompts.is_instance_of::<PyBytes>() {
@@ -89,11 +94,13 @@ impl Router {
         self.decide(py, given, commit)
     }
 
+    /// Its prompt is computed: the engine gave a first token. ``finished`` implies it.
     fn prefilled(&self, py: Python<'_>, decision: &Decision) -> PyResult<bool> {
         let id = committed(decision)?;
         self.with(py, |core| core.prefilled(id))
     }
 
+    /// It ran and ended, however it ended: what the decision counted is taken back.
     #[pyo3(signature = (decision, output = None))]
     fn finished(&self, py: Python<'_>, decision: &Decision, output: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let id = committed(decision)?;
@@ -101,11 +108,13 @@ impl Router {
         self.with(py, |core| core.finished(id, &output))
     }
 
+    /// It never ran: as if it had not been made. If its prompt was prefilled, those blocks stay.
     fn take_back(&self, py: Python<'_>, decision: &Decision) -> PyResult<bool> {
         let id = committed(decision)?;
         self.with(py, |core| core.take_back(id))
     }
 
+    /// What the engine says of its KV cache. Committed blocks count beside it until their decisions end.
     #[pyo3(signature = (worker, *, stored = None, removed = None, cleared = false))]
     fn report(
         &self,
@@ -120,12 +129,14 @@ impl Router {
             .map_err(|error| Error::from(error).into_py(py))
     }
 
+    /// Hashes of the prompt's whole blocks with this router's root and block size, shape ``[tokens // block_size]``.
     fn hash_blocks(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
         let given = self.given(prompt)?;
         let prompt = py.detach(|| self.hashed(given))?;
         Ok(prompt.chain().iter().map(|hash| hash.0).collect())
     }
 
+    /// What is believed of each worker, in the order of candidates.
     fn workers<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         let class = record(py, &CLASS, "WorkerLoad")?;
@@ -136,16 +147,19 @@ impl Router {
         states.into_iter().map(fields).collect()
     }
 
+    /// As decisions have it.
     #[getter]
     fn policy(&self) -> &str {
         &self.policy_name
     }
 
+    /// Tokens a block.
     #[getter]
     fn block_size(&self) -> u64 {
         self.size.get()
     }
 
+    /// The root of all chains.
     #[getter]
     fn hash_root(&self) -> u64 {
         self.root.0
@@ -214,8 +228,7 @@ impl Router {
             })?,
         };
         let choices = choices.map_err(|error| error.into_py(py))?;
-        let decision =
-            |choice| Decision { choice, policy: Arc::clone(&self.policy_name), seed: self.seed };
+        let decision = |choice| Decision { choice, policy: Arc::clone(&self.policy_name), seed: self.seed };
         Ok(choices.into_iter().map(decision).collect())
     }
 }

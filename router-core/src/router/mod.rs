@@ -180,8 +180,7 @@ impl Router {
         let worker = WorkerId(slot.map_or(self.workers.len() as u32, |(slot, _)| slot));
         let name: Arc<str> = Arc::from(name);
         let predicted = capacity.map(|blocks| Lru::new(blocks.0));
-        self.workers
-            .insert(worker, Worker { name: Arc::clone(&name), batch_size: 0, queued: Tokens::ZERO, predicted });
+        self.workers.insert(worker, Worker { name: Arc::clone(&name), batch_size: 0, queued: Tokens::ZERO, predicted });
         self.slots.insert(name, worker);
         self.rename();
         Ok(())

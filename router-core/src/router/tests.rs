@@ -30,13 +30,27 @@ fn prompt(ids: &[u32]) -> Prompt {
 enum Op {
     Add(usize, Option<u64>),
     Remove(usize),
-    Route { conversation: u32, len: usize, commit: bool },
+    Route {
+        conversation: u32,
+        len: usize,
+        commit: bool,
+    },
     /// Several, of which the policy scores so many.
-    Fail { conversation: u32, len: usize, scored: usize },
+    Fail {
+        conversation: u32,
+        len: usize,
+        scored: usize,
+    },
     Prefilled(usize),
     Finished(usize, usize),
     TakeBack(usize),
-    Report { worker: usize, conversation: u32, len: usize, stored: bool, cleared: bool },
+    Report {
+        worker: usize,
+        conversation: u32,
+        len: usize,
+        stored: bool,
+        cleared: bool,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
