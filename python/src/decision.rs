@@ -46,8 +46,9 @@ impl Decision {
             work: Micros::ZERO,
             free: Blocks::ZERO,
         });
-        let seen = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names };
-        Ok(Self { choice: Choice { id: id.map(DecisionId), seen, scores, at }, policy: Arc::from(policy), seed })
+        let view = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names };
+        let choice = Choice { id: id.map(DecisionId), seen: view, scores, at };
+        Ok(Self { choice, policy: Arc::from(policy), seed })
     }
 
     /// Its name in this router; None if it was asked for with ``commit=False``.

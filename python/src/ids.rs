@@ -95,11 +95,11 @@ fn buffer(view: &Bound<'_, PyMemoryView>) -> PyResult<Vec<u32>> {
         return Ok(ids);
     }
     let wide = || bytes.as_chunks::<8>().0.iter().map(|id| u64::from_ne_bytes(*id));
-    if wide().fold(0, |all, id| all | id) <= u64::from(u32::MAX) {
+    let all = wide().fold(0, |all, id| all | id);
+    if u32::try_from(all).is_ok() {
         return Ok(wide().map(|id| id as u32).collect());
     }
-    let found = wide().enumerate().find(|(_, id)| *id > u64::from(u32::MAX));
-    let (at, id) = found.unwrap_or_default();
+    let (at, id) = wide().enumerate().find(|(_, id)| u32::try_from(*id).is_err()).unwrap_or_default();
     Err(if signed { out_of_range(at, &id.cast_signed()) } else { out_of_range(at, &id) })
 }
 

@@ -285,8 +285,12 @@ impl Router {
         if cleared {
             self.index.clear_stored(worker);
         }
-        removed.iter().for_each(|block| self.index.evict(worker, *block));
-        stored.iter().for_each(|block| self.index.store(worker, *block));
+        for &block in removed {
+            self.index.evict(worker, block);
+        }
+        for &block in stored {
+            self.index.store(worker, block);
+        }
         Ok(())
     }
 

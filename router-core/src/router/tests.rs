@@ -293,7 +293,9 @@ fn refusals_say_what_was_wrong() {
 fn named_policies_take_turns_over_all_workers() {
     for policy in PolicyName::ALL {
         let mut router = Router::new(size());
-        NAMES.iter().for_each(|name| router.add_worker(name, None).expect("a new name"));
+        for name in NAMES {
+            router.add_worker(name, None).expect("a new name");
+        }
         let choices: Vec<_> = (0..40)
             .map(|i| router.route(prompt(&ids(i, 5)), &*policy.policy(3), true).expect("a worker").worker().to_owned())
             .collect();
