@@ -58,9 +58,12 @@ pub fn choose(policy: &dyn Policy, view: View<'_>, scores: &mut Vec<u128>) -> Op
 /// The index of the winner by these scores: least score, then least work, then most free blocks, then the first from
 /// a start that rotates with the turn (a fixed start would pile ties up on the first worker).
 pub fn least(view: View<'_>, scores: &[u128]) -> Option<usize> {
-    (0..view.candidates.len().min(scores.len())).min_by_key(|&at| {
+    let n = view.candidates.len().min(scores.len());
+    let start = view.turn.checked_rem(n as u64)? as usize;
+    // of equals the first is kept
+    (start..n).chain(0..start).min_by_key(|&at| {
         let c = &view.candidates[at];
-        (scores[at], c.work, Reverse(c.free), from_turn(view, view.turn, at))
+        (scores[at], c.work, Reverse(c.free))
     })
 }
 
