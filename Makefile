@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo up test test-versions lint bench proto clean soak build readme-figures setup rust-test py-test
+.PHONY: demo up test test-versions lint bench bench-peers proto clean soak build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -42,13 +42,15 @@ test: ## everything CI runs
 
 lint:
 	@tools/setup.sh test
-	@echo "==> lint: rustfmt, clippy, layering, ruff, mypy, generated stubs"
+	@echo "==> lint: rustfmt, clippy, layering, ruff, mypy, stubtest, generated stubs"
 	@cargo fmt --all --check
 	@cargo clippy --quiet --workspace --all-targets -- -D warnings
 	@! cargo tree -p router-core -e normal --prefix none | grep -E '^(tokio|tonic|pyo3|axum) ' || \
 	  { echo "router-core must stay pure: it depends on the crate above" >&2; exit 1; }
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy workers/scls_worker python/scls_router
+	@$(PY) -c 'import scls_router' 2>/dev/null || $(MAKE) --no-print-directory build
+	@$(PY) -m mypy.stubtest scls_router._native --concise --mypy-config-file pyproject.toml
 	@$(PY) workers/gen_proto.py --check
 
 rust-test:
@@ -79,6 +81,10 @@ readme-figures: ## the README's tables from bench/results
 bench: ## core look-ups and decisions
 	@cargo bench --quiet -p router-core
 
+bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)
+	@tools/setup.sh run
+	@bench/peers/dynamo_python/run.sh $(ARGS)
+
 clean:
 	@cargo clean --quiet
-	@rm -rf .venv
+	@rm -rf .venv .venv-peers

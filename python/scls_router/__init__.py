@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from scls_router._native import __version__, hash_blocks
+from scls_router._native import Decision, Router, __version__, hash_blocks
+from scls_router._router import Candidate, NoWorker, UnknownPolicy, UnknownWorker, View, WorkerExists, WorkerLoad
 
 if TYPE_CHECKING:
     from scls_router._retry import RetryPolicy
@@ -11,7 +12,28 @@ if TYPE_CHECKING:
     from scls_router.client import Client
     from scls_router.errors import SclsError
 
-__all__ = ["AsyncClient", "Client", "RetryPolicy", "SclsError", "__version__", "hash_blocks"]
+# Records and errors are shown, documented and pickled by the name under which they are imported.
+for _public in (Candidate, NoWorker, UnknownPolicy, UnknownWorker, View, WorkerExists, WorkerLoad):
+    _public.__module__ = __name__
+del _public
+
+__all__ = [
+    "AsyncClient",
+    "Candidate",
+    "Client",
+    "Decision",
+    "NoWorker",
+    "RetryPolicy",
+    "Router",
+    "SclsError",
+    "UnknownPolicy",
+    "UnknownWorker",
+    "View",
+    "WorkerExists",
+    "WorkerLoad",
+    "__version__",
+    "hash_blocks",
+]
 
 # Loaded when first asked for: gRPC and protobuf take longer than all the rest.
 _LATER = {

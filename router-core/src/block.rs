@@ -22,11 +22,13 @@ pub struct BlockHash(pub u64);
 pub fn hash_blocks(root: BlockHash, ids: &[u32], size: BlockSize) -> Vec<BlockHash> {
     let size = size.get() as usize;
     let mut hashes = Vec::with_capacity(ids.len() / size);
-    let mut bytes = Vec::with_capacity(size * 4);
+    let mut bytes = vec![0; size * 4];
     let mut parent = root;
     for block in ids.chunks_exact(size) {
-        bytes.clear();
-        bytes.extend(block.iter().flat_map(|id| id.to_le_bytes()));
+        // Into place, id by id: this becomes a copy, where extending by the bytes of each id does not.
+        for (bytes, id) in bytes.as_chunks_mut().0.iter_mut().zip(block) {
+            *bytes = id.to_le_bytes();
+        }
         parent = BlockHash(xxh3_64_with_seed(&bytes, parent.0));
         hashes.push(parent);
     }

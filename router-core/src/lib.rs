@@ -12,6 +12,7 @@ mod index;
 mod plan;
 mod policy;
 mod pool;
+mod router;
 mod row;
 mod scheduler;
 mod units;
@@ -26,9 +27,10 @@ pub use event::{
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
 pub use policy::{
-    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose,
+    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
+pub use router::{Choice, Prompt, Router, RouterError, Seen, WorkerState};
 pub use scheduler::{Config, Scheduler};
 pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};
 pub use worker::WorkerLoad;

@@ -48,14 +48,22 @@ pub trait Policy: Send {
     fn score(&self, view: View<'_>, at: usize) -> u128;
 }
 
-/// The index of the winner: least score, then least work, then most free blocks, then the first from a start that
-/// rotates with the turn (a fixed start would pile ties up on the first worker). `None` without candidates.
+/// The index of the winner by this policy; `scores` are those of all candidates afterwards. `None` without candidates.
 pub fn choose(policy: &dyn Policy, view: View<'_>, scores: &mut Vec<u128>) -> Option<usize> {
     scores.clear();
     scores.extend((0..view.candidates.len()).map(|at| policy.score(view, at)));
-    (0..view.candidates.len()).min_by_key(|&at| {
+    least(view, scores)
+}
+
+/// The index of the winner by these scores: least score, then least work, then most free blocks, then the first from
+/// a start that rotates with the turn (a fixed start would pile ties up on the first worker).
+pub fn least(view: View<'_>, scores: &[u128]) -> Option<usize> {
+    let n = view.candidates.len().min(scores.len());
+    let start = view.turn.checked_rem(n as u64)? as usize;
+    // of equals the first is kept
+    (start..n).chain(0..start).min_by_key(|&at| {
         let c = &view.candidates[at];
-        (scores[at], c.work, Reverse(c.free), from_turn(view, view.turn, at))
+        (scores[at], c.work, Reverse(c.free))
     })
 }
 

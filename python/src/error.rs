@@ -1,0 +1,64 @@
+//! One door for errors: what the core refuses becomes an exception of `scls_router._router`.
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+use router_core::{RouterError, UnknownPolicy};
+
+/// An error of the core on its way to Python; a policy written in Python brings its own.
+pub(crate) enum Error {
+    Core(RouterError),
+    Python(PyErr),
+}
+
+impl From<RouterError> for Error {
+    fn from(error: RouterError) -> Self {
+        Self::Core(error)
+    }
+}
+
+impl From<PyErr> for Error {
+    fn from(error: PyErr) -> Self {
+        Self::Python(error)
+    }
+}
+
+impl Error {
+    pub(crate) fn into_py(self, py: Python<'_>) -> PyErr {
+        let error = match self {
+            Self::Python(error) => return error,
+            Self::Core(error) => error,
+        };
+        let name = match error {
+            RouterError::NoWorker => "NoWorker",
+            RouterError::UnknownWorker(_) => "UnknownWorker",
+            RouterError::WorkerExists(_) => "WorkerExists",
+            RouterError::Predicted(_) | RouterError::EmptyPrompt | RouterError::Scores { .. } => {
+                return PyValueError::new_err(error.to_string());
+            }
+        };
+        raised(py, name, &error.to_string())
+    }
+}
+
+pub(crate) fn unknown_policy(py: Python<'_>, error: &UnknownPolicy) -> PyErr {
+    raised(py, "UnknownPolicy", &error.to_string())
+}
+
+fn raised(py: Python<'_>, name: &str, message: &str) -> PyErr {
+    class(py, name).and_then(|class| class.call1((message,))).map_or_else(|error| error, PyErr::from_value)
+}
+
+fn class<'py>(py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyAny>> {
+    py.import("scls_router._router")?.getattr(name)
+}
+
+/// A class of `scls_router._router`, looked up once.
+pub(crate) fn record<'py>(
+    py: Python<'py>,
+    cell: &'static PyOnceLock<Py<PyType>>,
+    name: &str,
+) -> PyResult<&'py Bound<'py, PyType>> {
+    cell.import(py, "scls_router._router", name)
+}

@@ -1,0 +1,294 @@
+//! The in-process router: one lock around the core's, always taken with the interpreter released.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyString, PyTuple, PyType};
+use pyo3::{PyTraverseError, PyVisit};
+use router_core::{BlockHash, BlockSize, Blocks, Choice, DecisionId, PolicyName, Prompt, Seen};
+use router_server::tokenizer::Tokenizer;
+
+use crate::decision::{Decision, candidates};
+use crate::error::{Error, record, unknown_policy};
+use crate::ids::ids;
+
+enum Policy {
+    Named(PolicyName),
+    Callable(Py<PyAny>),
+}
+
+/// A prompt as it was given, on its way out of the interpreter.
+enum Given {
+    Text(String),
+    Ids(Vec<u32>),
+}
+
+/// The router in your own process, in front of engines of your own.
+#[pyclass(frozen, module = "scls_router")]
+pub(crate) struct Router {
+    core: Mutex<router_core::Router>,
+    /// The thread in which a policy written in Python runs now: it holds the lock.
+    deciding: Mutex<Option<ThreadId>>,
+    policy: Policy,
+    policy_name: Arc<str>,
+    seed: u64,
+    size: BlockSize,
+    root: BlockHash,
+    tokenizer: Option<Tokenizer>,
+}
+
+#[pymethods]
+impl Router {
+    #[new]
+    #[pyo3(signature = (policy = None, *, block_size = 16, hash_root = 0, tokenizer = None, seed = 0))]
+    fn new(
+        py: Python<'_>,
+        policy: Option<Bound<'_, PyAny>>,
+        block_size: u32,
+        hash_root: u64,
+        tokenizer: Option<PathBuf>,
+        seed: u64,
+    ) -> PyResult<Self> {
+        let (policy, policy_name) = match policy {
+            None => (Policy::Named(PolicyName::Product), Arc::from(PolicyName::Product.as_str())),
+            Some(policy) => read_policy(&policy)?,
+        };
+        let size = crate::block_size(block_size)?;
+        let tokenizer = tokenizer.map(|path| py.detach(|| load(&path))).transpose()?;
+        let core = Mutex::new(router_core::Router::new(size));
+        let (deciding, root) = (Mutex::new(None), BlockHash(hash_root));
+        Ok(Self { core, deciding, policy, policy_name, seed, size, root, tokenizer })
+    }
+
+    /// A worker that holds nothing yet.
+    #[pyo3(signature = (name, *, blocks = None))]
+    fn add_worker(&self, py: Python<'_>, name: &str, blocks: Option<u64>) -> PyResult<()> {
+        self.with(py, |core| core.add_worker(name, blocks.map(Blocks)))?.map_err(|error| Error::from(error).into_py(py))
+    }
+
+    /// Forgets a worker, its blocks and the decisions for it, which have then ended.
+    fn remove(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        self.with(py, |core| core.remove_worker(name))?.map_err(|error| Error::from(error).into_py(py))
+    }
+
+    /// Chooses a worker.
+    #[pyo3(signature = (prompt, *, commit = true))]
+    fn route(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>, commit: bool) -> PyResult<Decision> {
+        let given = self.given(prompt)?;
+        let mut choices = self.decide(py, vec![given], commit)?;
+        choices.pop().ok_or_else(|| PyRuntimeError::new_err("one prompt, no decision"))
+    }
+
+    /// As ``route`` for one after another, in one call: each decision counts before the next is made.
+    #[pyo3(signature = (prompts, *, commit = true))]
+    fn route_many(&self, py: Python<'_>, prompts: &Bound<'_, PyAny>, commit: bool) -> PyResult<Vec<Decision>> {
+        if prompts.is_instance_of::<PyString>() || prompts.is_instance_of::<PyBytes>() {
+            return Err(PyTypeError::new_err("route_many takes several prompts: got one, which is for route"));
+        }
+        let given = prompts.try_iter()?.map(|prompt| self.given(&prompt?)).collect::<PyResult<_>>()?;
+        self.decide(py, given, commit)
+    }
+
+    /// Its prompt is computed: the engine gave a first token. ``finished`` implies it.
+    fn prefilled(&self, py: Python<'_>, decision: &Decision) -> PyResult<bool> {
+        let id = committed(decision)?;
+        self.with(py, |core| core.prefilled(id))
+    }
+
+    /// It ran and ended, however it ended: what the decision counted is taken back.
+    #[pyo3(signature = (decision, output = None))]
+    fn finished(&self, py: Python<'_>, decision: &Decision, output: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
+        let id = committed(decision)?;
+        let output = output.map(ids).transpose()?.unwrap_or_default();
+        self.with(py, |core| core.finished(id, &output))
+    }
+
+    /// It never ran: as if it had not been made. If its prompt was prefilled, those blocks stay.
+    fn take_back(&self, py: Python<'_>, decision: &Decision) -> PyResult<bool> {
+        let id = committed(decision)?;
+        self.with(py, |core| core.take_back(id))
+    }
+
+    /// What the engine says of its KV cache. Committed blocks count beside it until their decisions end.
+    #[pyo3(signature = (worker, *, stored = None, removed = None, cleared = false))]
+    fn report(
+        &self,
+        py: Python<'_>,
+        worker: &str,
+        stored: Option<&Bound<'_, PyAny>>,
+        removed: Option<&Bound<'_, PyAny>>,
+        cleared: bool,
+    ) -> PyResult<()> {
+        let (stored, removed) = (hashes(stored)?, hashes(removed)?);
+        self.with(py, |core| core.report(worker, cleared, &removed, &stored))?
+            .map_err(|error| Error::from(error).into_py(py))
+    }
+
+    /// Hashes of the prompt's whole blocks with this router's root and block size, shape ``[tokens // block_size]``.
+    fn hash_blocks(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
+        let given = self.given(prompt)?;
+        let prompt = py.detach(|| self.hashed(given))?;
+        Ok(prompt.chain().iter().map(|hash| hash.0).collect())
+    }
+
+    /// What is believed of each worker, in the order of candidates.
+    fn workers<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        let class = record(py, &CLASS, "WorkerLoad")?;
+        let states: Vec<_> = self.with(py, |core| core.workers().collect())?;
+        let fields = |state: router_core::WorkerState| {
+            class.call1((&*state.name, state.queued.0, state.batch_size, state.indexed.0, state.capacity.map(|b| b.0)))
+        };
+        states.into_iter().map(fields).collect()
+    }
+
+    /// As decisions have it.
+    #[getter]
+    fn policy(&self) -> &str {
+        &self.policy_name
+    }
+
+    /// Tokens a block.
+    #[getter]
+    fn block_size(&self) -> u64 {
+        self.size.get()
+    }
+
+    /// The root of all chains.
+    #[getter]
+    fn hash_root(&self) -> u64 {
+        self.root.0
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let workers = self.with(py, |core| core.workers().count())?;
+        Ok(format!("Router(policy={:?}, block_size={}, workers={workers})", self.policy_name, self.size.get()))
+    }
+
+    // A policy is often a method of the object that holds the router. There is no `__clear__`: such a cycle goes
+    // through that object's attributes, which the collector clears.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.policy {
+            Policy::Callable(policy) => visit.call(policy),
+            Policy::Named(_) => Ok(()),
+        }
+    }
+}
+
+impl Router {
+    /// Calls the core with the interpreter released: whoever waits for the lock never holds up who has it.
+    fn with<T: Send>(&self, py: Python<'_>, call: impl FnOnce(&mut router_core::Router) -> T + Send) -> PyResult<T> {
+        if *held(&self.deciding) == Some(thread::current().id()) {
+            return Err(PyRuntimeError::new_err("a policy decides from its view alone: it called its own router"));
+        }
+        Ok(py.detach(|| call(&mut held(&self.core))))
+    }
+
+    fn given(&self, prompt: &Bound<'_, PyAny>) -> PyResult<Given> {
+        match prompt.cast::<PyString>() {
+            Ok(text) if self.tokenizer.is_some() => Ok(Given::Text(text.to_str()?.to_owned())),
+            Ok(_) => Err(PyValueError::new_err("a text needs a tokenizer: Router(tokenizer=\"…/tokenizer.json\")")),
+            Err(_) => Ok(Given::Ids(ids(prompt)?)),
+        }
+    }
+
+    fn hashed(&self, given: Given) -> PyResult<Prompt> {
+        let ids = match (given, &self.tokenizer) {
+            (Given::Ids(ids), _) => ids,
+            // Special tokens as completions of the server have them.
+            (Given::Text(text), Some(tokenizer)) => {
+                tokenizer.encode(&text, true).map_err(|error| PyValueError::new_err(error.to_string()))?
+            }
+            (Given::Text(_), None) => Vec::new(),
+        };
+        Ok(Prompt::new(self.root, &ids, self.size))
+    }
+
+    fn decide(&self, py: Python<'_>, given: Vec<Given>, commit: bool) -> PyResult<Vec<Decision>> {
+        let prompts = py.detach(|| given.into_iter().map(|given| self.hashed(given)).collect::<PyResult<_>>())?;
+        let choices: Result<Vec<Choice>, Error> = match &self.policy {
+            Policy::Named(name) => self.with(py, |core| {
+                let policy = name.policy(self.seed);
+                core.route_many(prompts, commit, &mut |seen| {
+                    Ok((0..seen.candidates.len()).map(|at| policy.score(seen.view(), at)).collect())
+                })
+            })?,
+            Policy::Callable(policy) => self.with(py, |core| {
+                *held(&self.deciding) = Some(thread::current().id());
+                let choices = core.route_many(prompts, commit, &mut |seen| {
+                    Python::attach(|py| ask(policy.bind(py), seen)).map_err(Error::from)
+                });
+                *held(&self.deciding) = None;
+                choices
+            })?,
+        };
+        let choices = choices.map_err(|error| error.into_py(py))?;
+        let decision = |choice| Decision { choice, policy: Arc::clone(&self.policy_name), seed: self.seed };
+        Ok(choices.into_iter().map(decision).collect())
+    }
+}
+
+fn read_policy(policy: &Bound<'_, PyAny>) -> PyResult<(Policy, Arc<str>)> {
+    let py = policy.py();
+    if let Ok(name) = policy.cast::<PyString>() {
+        let name: PolicyName = name.to_str()?.parse().map_err(|error| unknown_policy(py, &error))?;
+        return Ok((Policy::Named(name), Arc::from(name.as_str())));
+    }
+    if !policy.is_callable() {
+        let kind = policy.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("a policy is a name or a callable: got {kind}")));
+    }
+    let name = match policy.getattr_opt("__qualname__")? {
+        Some(name) => name.str()?,
+        None => policy.get_type().qualname()?,
+    };
+    Ok((Policy::Callable(policy.clone().unbind()), Arc::from(format!("callable:{name}"))))
+}
+
+/// Asks a policy written in Python for its scores.
+fn ask(policy: &Bound<'_, PyAny>, seen: &Seen) -> PyResult<Vec<u128>> {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let py = policy.py();
+    let all = PyTuple::new(py, candidates(py, seen)?)?;
+    let view = record(py, &CLASS, "View")?.call1((seen.tokens.0, seen.turn, all))?;
+    let scores = policy.call1((view,))?;
+    let score = |(at, score): (usize, PyResult<Bound<'_, PyAny>>)| {
+        let score = score?;
+        score.extract::<u128>().map_err(|_| {
+            let name = seen.names.get(at).map_or("none at all", |name| name);
+            let message = format!("a score is an int from 0 to 2**128 - 1: got {score} for worker {name}");
+            if score.is_instance_of::<pyo3::types::PyInt>() {
+                PyValueError::new_err(message)
+            } else {
+                PyTypeError::new_err(message)
+            }
+        })
+    };
+    scores.try_iter()?.enumerate().map(score).collect()
+}
+
+fn committed(decision: &Decision) -> PyResult<DecisionId> {
+    decision.choice.id.ok_or_else(|| PyValueError::new_err("a decision with commit=False moved nothing that could end"))
+}
+
+fn hashes(given: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<BlockHash>> {
+    let Some(given) = given else { return Ok(Vec::new()) };
+    given.try_iter()?.map(|hash| Ok(BlockHash(hash?.extract()?))).collect()
+}
+
+fn load(path: &Path) -> PyResult<Tokenizer> {
+    let file = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", file.display()));
+    let bytes = std::fs::read(&file).map_err(named)?;
+    Tokenizer::from_json(&bytes).map_err(|error| PyValueError::new_err(format!("{}: {error}", file.display())))
+}
+
+/// The core changes nothing halfway, so what a panic left is whole.
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,380 @@
+//! The router without the scheduler, for those who embed it in front of engines of their own.
+//!
+//! It knows workers by name and what it sent them. It does not know rows, slices, plans or time: an engine decides
+//! itself what runs when, and says three things at most of a decision: prefilled, finished, never ran.
+//!
+//! A decision moves at once: one more in the batch, its new tokens queued, its blocks committed in the index, so that a
+//! follow-up hits before the first prefill ends. What it moved is taken back exactly when it ends. Beside that a worker
+//! holds blocks because its engine reports them, or, where an engine reports nothing and its capacity is known,
+//! because they were used there last.
+
+mod lru;
+mod prompt;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hashbrown::HashMap;
+
+use self::lru::Lru;
+pub use self::prompt::Prompt;
+use crate::block::{BlockHash, new_tokens};
+use crate::ids::{DecisionId, WorkerId};
+use crate::index::{BlockTrie, PrefixIndex};
+use crate::policy::{Candidate, Policy, View, least};
+use crate::units::{BlockSize, Blocks, Micros, Tokens};
+
+/// What a decision is made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Tokens of the prompt.
+    pub tokens: Tokens,
+    /// Decisions made before this one.
+    pub turn: u64,
+    /// All workers, in order of their slots.
+    pub candidates: Vec<Candidate>,
+    /// Their names.
+    pub names: Arc<[Arc<str>]>,
+}
+
+impl Seen {
+    /// As a policy sees it.
+    pub fn view(&self) -> View<'_> {
+        View { candidates: &self.candidates, turn: self.turn }
+    }
+}
+
+/// A decision with all it was made from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Its name; `None` if it was asked for only, and moved nothing.
+    pub id: Option<DecisionId>,
+    /// What it was made from.
+    pub seen: Seen,
+    /// The score of each candidate; the smallest wins.
+    pub scores: Vec<u128>,
+    /// Which candidate won.
+    pub at: usize,
+}
+
+impl Choice {
+    /// The winner as it was before the decision.
+    pub fn chosen(&self) -> &Candidate {
+        &self.seen.candidates[self.at]
+    }
+
+    /// The winner's name.
+    pub fn worker(&self) -> &str {
+        &self.seen.names[self.at]
+    }
+}
+
+/// What the router believes of a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerState {
+    /// Its name.
+    pub name: Arc<str>,
+    /// `b`: decisions for it that have not ended.
+    pub batch_size: u64,
+    /// `Q`: new tokens of those not prefilled yet.
+    pub queued: Tokens,
+    /// Blocks of it in the index: stored, predicted or committed.
+    pub indexed: Blocks,
+    /// Its capacity, if what it holds is predicted.
+    pub capacity: Option<Blocks>,
+}
+
+/// Why the router refuses. Nothing has changed then.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RouterError {
+    /// There is no worker at all.
+    #[error("no worker to route to\nadd one first")]
+    NoWorker,
+    /// None of this name.
+    #[error("no such worker: {0}")]
+    UnknownWorker(String),
+    /// There is one of this name.
+    #[error("there is a worker of this name: {0}\nremove it first if it started anew")]
+    WorkerExists(String),
+    /// What this worker holds is predicted, so it cannot report it.
+    #[error("what this worker holds is predicted: {0}\nadd it without a capacity if its engine reports its blocks")]
+    Predicted(String),
+    /// A prompt without tokens.
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    /// A policy that did not score every candidate.
+    #[error("a policy gives one score for each candidate: got {got} for {want}")]
+    Scores {
+        /// Scores given.
+        got: usize,
+        /// Candidates.
+        want: usize,
+    },
+}
+
+struct Worker {
+    name: Arc<str>,
+    batch_size: u64,
+    queued: Tokens,
+    /// `None`: its engine reports.
+    predicted: Option<Lru>,
+}
+
+/// A decision that has not ended.
+struct Flight {
+    worker: WorkerId,
+    prompt: Prompt,
+    new_tokens: Tokens,
+    prefilled: bool,
+}
+
+/// Routes prompts to named workers.
+///
+/// ```
+/// use router_core::{BlockHash, BlockSize, Product, Prompt, Router};
+/// let size = BlockSize::new(16).expect("not zero");
+/// let mut router = Router::new(size);
+/// router.add_worker("a", None)?;
+/// router.add_worker("b", None)?;
+/// let prompt = Prompt::new(BlockHash(0), &[7; 64], size);
+/// let first = router.route(prompt.clone(), &Product, true)?;
+/// first.id.map(|id| router.prefilled(id));
+/// let next = router.route(prompt, &Product, true)?;
+/// assert_eq!(next.worker(), first.worker(), "16 new tokens in a batch of two, or 64 alone elsewhere");
+/// # Ok::<(), router_core::RouterError>(())
+/// ```
+pub struct Router {
+    size: BlockSize,
+    index: BlockTrie,
+    workers: BTreeMap<WorkerId, Worker>,
+    slots: HashMap<Arc<str>, WorkerId>,
+    /// Names of `workers` in their order: shared by all decisions until a worker comes or goes.
+    names: Arc<[Arc<str>]>,
+    flights: HashMap<DecisionId, Flight>,
+    turn: u64,
+    depths: Vec<usize>,
+}
+
+impl Router {
+    /// Without workers. Prompts and reports must be hashed with the same block size.
+    pub fn new(size: BlockSize) -> Self {
+        Self {
+            size,
+            index: BlockTrie::default(),
+            workers: BTreeMap::new(),
+            slots: HashMap::new(),
+            names: Arc::new([]),
+            flights: HashMap::new(),
+            turn: 0,
+            depths: Vec::new(),
+        }
+    }
+
+    /// A worker that holds nothing yet. With a `capacity`, what it holds is predicted; without, it reports.
+    pub fn add_worker(&mut self, name: &str, capacity: Option<Blocks>) -> Result<(), RouterError> {
+        if self.slots.contains_key(name) {
+            return Err(RouterError::WorkerExists(name.to_owned()));
+        }
+        // Slots stay dense: the first free one.
+        let slot = (0u32..).zip(self.workers.keys()).find(|(slot, worker)| *slot != worker.0);
+        let worker = WorkerId(slot.map_or(self.workers.len() as u32, |(slot, _)| slot));
+        let name: Arc<str> = Arc::from(name);
+        let predicted = capacity.map(|blocks| Lru::new(blocks.0));
+        self.workers.insert(worker, Worker { name: Arc::clone(&name), batch_size: 0, queued: Tokens::ZERO, predicted });
+        self.slots.insert(name, worker);
+        self.rename();
+        Ok(())
+    }
+
+    /// Forgets a worker, what it holds and the decisions for it.
+    pub fn remove_worker(&mut self, name: &str) -> Result<(), RouterError> {
+        let worker = self.slot(name)?;
+        self.slots.remove(name);
+        self.workers.remove(&worker);
+        self.flights.retain(|_, flight| flight.worker != worker);
+        self.index.remove_worker(worker);
+        self.rename();
+        Ok(())
+    }
+
+    /// Chooses a worker by `policy`, and counts the prompt there unless this is only a question (`commit` is false).
+    pub fn route(&mut self, prompt: Prompt, policy: &dyn Policy, commit: bool) -> Result<Choice, RouterError> {
+        self.route_by(prompt, commit, &mut |seen| {
+            Ok((0..seen.candidates.len()).map(|at| policy.score(seen.view(), at)).collect())
+        })
+    }
+
+    /// Like [`Self::route`], by any function from what is seen to one score for each candidate.
+    pub fn route_by<E: From<RouterError>>(
+        &mut self,
+        prompt: Prompt,
+        commit: bool,
+        score: &mut dyn FnMut(&Seen) -> Result<Vec<u128>, E>,
+    ) -> Result<Choice, E> {
+        let seen = self.look(&prompt)?;
+        let scores = score(&seen)?;
+        let (got, want) = (scores.len(), seen.candidates.len());
+        let at = least(seen.view(), &scores).filter(|_| got == want).ok_or(RouterError::Scores { got, want })?;
+        let mut choice = Choice { id: None, seen, scores, at };
+        if commit {
+            choice.id = Some(self.commit(prompt, *choice.chosen()));
+        }
+        Ok(choice)
+    }
+
+    /// One after another, each decision counted before the next is made. If one fails, none was made.
+    pub fn route_many<E: From<RouterError>>(
+        &mut self,
+        prompts: Vec<Prompt>,
+        commit: bool,
+        score: &mut dyn FnMut(&Seen) -> Result<Vec<u128>, E>,
+    ) -> Result<Vec<Choice>, E> {
+        let turn = self.turn;
+        let mut choices = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            match self.route_by(prompt, commit, score) {
+                Ok(choice) => choices.push(choice),
+                Err(error) => {
+                    choices.iter().filter_map(|choice: &Choice| choice.id).for_each(|id| {
+                        self.take_back(id);
+                    });
+                    self.turn = turn;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(choices)
+    }
+
+    /// Its prompt is computed. Whether it was in flight and not prefilled.
+    pub fn prefilled(&mut self, id: DecisionId) -> bool {
+        let Some(flight) = self.flights.get_mut(&id).filter(|flight| !flight.prefilled) else { return false };
+        flight.prefilled = true;
+        let (prompt, slot) = (flight.prompt.clone(), flight.worker);
+        if let Some(worker) = self.workers.get_mut(&slot) {
+            worker.queued = worker.queued.saturating_sub(flight.new_tokens);
+        }
+        self.predict(slot, prompt.chain(), &[]);
+        true
+    }
+
+    /// It ran and ended, with these ids. Whether it was in flight.
+    pub fn finished(&mut self, id: DecisionId, output: &[u32]) -> bool {
+        let Some(flight) = self.end(id) else { return false };
+        self.predict(flight.worker, flight.prompt.chain(), &flight.prompt.continued(output));
+        true
+    }
+
+    /// It never ran: as if it had not been made. Whether it was in flight.
+    pub fn take_back(&mut self, id: DecisionId) -> bool {
+        self.end(id).is_some()
+    }
+
+    /// What a worker's engine says of its blocks: all are gone, then these are gone, then these are there.
+    pub fn report(
+        &mut self,
+        name: &str,
+        cleared: bool,
+        removed: &[BlockHash],
+        stored: &[BlockHash],
+    ) -> Result<(), RouterError> {
+        let worker = self.slot(name)?;
+        if self.workers[&worker].predicted.is_some() {
+            return Err(RouterError::Predicted(name.to_owned()));
+        }
+        if cleared {
+            self.index.clear_stored(worker);
+        }
+        for &block in removed {
+            self.index.evict(worker, block);
+        }
+        for &block in stored {
+            self.index.store(worker, block);
+        }
+        Ok(())
+    }
+
+    /// All workers, in order of their slots.
+    pub fn workers(&self) -> impl Iterator<Item = WorkerState> {
+        self.workers.iter().map(|(&slot, worker)| WorkerState {
+            name: Arc::clone(&worker.name),
+            batch_size: worker.batch_size,
+            queued: worker.queued,
+            indexed: self.index.blocks(slot),
+            capacity: worker.predicted.as_ref().map(|lru| Blocks(lru.capacity())),
+        })
+    }
+
+    fn slot(&self, name: &str) -> Result<WorkerId, RouterError> {
+        self.slots.get(name).copied().ok_or_else(|| RouterError::UnknownWorker(name.to_owned()))
+    }
+
+    fn rename(&mut self) {
+        self.names = self.workers.values().map(|worker| Arc::clone(&worker.name)).collect();
+    }
+
+    fn look(&mut self, prompt: &Prompt) -> Result<Seen, RouterError> {
+        if prompt.tokens == Tokens::ZERO {
+            return Err(RouterError::EmptyPrompt);
+        }
+        if self.workers.is_empty() {
+            return Err(RouterError::NoWorker);
+        }
+        self.index.matched(prompt.chain(), &mut self.depths);
+        let depth = |worker: WorkerId| self.depths.get(worker.0 as usize).copied().unwrap_or(0);
+        let candidates = self.workers.iter().map(|(&worker, w)| Candidate {
+            worker,
+            new_tokens: new_tokens(prompt.tokens, depth(worker), self.size),
+            queued: w.queued,
+            batch_size: w.batch_size,
+            // An embedded router does not know how long things take, nor what memory a running batch may need.
+            work: Micros::ZERO,
+            free: Blocks::ZERO,
+        });
+        let candidates = candidates.collect();
+        Ok(Seen { tokens: prompt.tokens, turn: self.turn, candidates, names: Arc::clone(&self.names) })
+    }
+
+    fn commit(&mut self, prompt: Prompt, at: Candidate) -> DecisionId {
+        let id = DecisionId(self.turn);
+        self.turn += 1;
+        if let Some(worker) = self.workers.get_mut(&at.worker) {
+            worker.batch_size += 1;
+            worker.queued += at.new_tokens;
+        }
+        self.index.commit(at.worker, prompt.chain());
+        let flight = Flight { worker: at.worker, prompt, new_tokens: at.new_tokens, prefilled: false };
+        self.flights.insert(id, flight);
+        id
+    }
+
+    /// Takes back exactly what the decision moved.
+    fn end(&mut self, id: DecisionId) -> Option<Flight> {
+        let flight = self.flights.remove(&id)?;
+        if let Some(worker) = self.workers.get_mut(&flight.worker) {
+            worker.batch_size -= 1;
+            if !flight.prefilled {
+                worker.queued = worker.queued.saturating_sub(flight.new_tokens);
+            }
+        }
+        self.index.take_back(flight.worker, flight.prompt.chain());
+        Some(flight)
+    }
+
+    /// These blocks were used on the worker. The last first, so that the end of a chain goes before its beginning: a
+    /// block is of no use without those before it.
+    fn predict(&mut self, slot: WorkerId, prompt: &[BlockHash], output: &[BlockHash]) {
+        let Some(lru) = self.workers.get_mut(&slot).and_then(|worker| worker.predicted.as_mut()) else { return };
+        for &block in prompt.iter().chain(output).rev() {
+            if lru.touch(block) {
+                self.index.store(slot, block);
+            }
+        }
+        while let Some(block) = lru.evict() {
+            self.index.evict(slot, block);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
