@@ -319,9 +319,14 @@ fn read(path: &Path) -> Result<Map<String, Value>, String> {
     if is("toml") {
         toml::from_str(&text).map_err(|error| format!("{shown}: {}", error.to_string().trim_end()))
     } else {
-        // An empty document is null.
-        let entries = yaml_serde::from_str::<Option<_>>(&text).map_err(|error| format!("{shown}: {error}"))?;
-        Ok(entries.unwrap_or_default())
+        // An empty document is null. YAML's own mapping refuses a key that is there twice, JSON's would take the last.
+        let entries: Option<yaml_serde::Mapping> =
+            yaml_serde::from_str(&text).map_err(|error| format!("{shown}: {error}"))?;
+        match entries.map(serde_json::to_value).transpose() {
+            Ok(Some(Value::Object(entries))) => Ok(entries),
+            Ok(_) => Ok(Map::new()),
+            Err(error) => Err(format!("{shown}: {error}")),
+        }
     }
 }
 
@@ -411,6 +416,8 @@ fn shown(arg: &Arg, matches: &ArgMatches) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::cli;
 
@@ -533,7 +540,11 @@ mod tests {
             ("o.toml", "port = ", "TOML parse error at line 1"),
             ("p.yml", "port: [", "did not find"),
             ("q.yaml", "a", "invalid type"),
-            ("r.json", "{}", "a configuration file ends in .toml, .yaml or .yml"),
+            ("r.yaml", "port: 1\nport: 2", "duplicate entry with key \"port\""),
+            ("s.yaml", "port: !x 1", "port: it is one value"),
+            ("t.yaml", "port: .nan", "port: it has no value"),
+            ("u.yaml", "[1]: 2", "key must be a string"),
+            ("v.json", "{}", "a configuration file ends in .toml, .yaml or .yml"),
         ] {
             let file = Written::new(name, text);
             // What a flag overrides is checked too: the file is wrong whatever the flags are.
@@ -557,6 +568,71 @@ mod tests {
         // All at once.
         let file = Written::new("all.toml", "port = 'x'\nslice_len = 0");
         assert_eq!(problems(&["serve", "--config", file.path()], &[("SCLS_ROUTER_SEED", "x")]).len(), 3);
+    }
+
+    #[test]
+    fn a_text_means_the_same_wherever_it_comes_from() {
+        let texts = [
+            "0",
+            "1",
+            "-1",
+            "16",
+            "65536",
+            "1.5",
+            " 1",
+            "1e3",
+            "99999999999999999999",
+            "true",
+            "No",
+            "on",
+            "abc",
+            "random",
+            "info",
+            "grpc://a:1",
+            "http://a:1,grpc://b:2",
+            "grpc://a",
+            "--x y",
+            "é\t\"\\",
+            "[1]",
+            "~",
+            "# x",
+            "'",
+        ];
+        let definition = definition_of_all();
+        let mut valid = 0;
+        for arg in settings(&definition).filter(|arg| !is_secret(arg)) {
+            let (key, variable) = (arg.get_id().as_str(), arg.get_env().and_then(OsStr::to_str).expect("it has one"));
+            for text in texts {
+                let quoted = toml::Value::String(text.into()).to_string();
+                let toml = Written::new("text.toml", &format!("{key} = {quoted}"));
+                let yaml = Written::new("text.yaml", &format!("{key}: {}", Value::from(text)));
+                let flag = format!("--{}={text}", key.replace('_', "-"));
+                let found = [
+                    read_line(&["config", "show", &flag], &[]),
+                    read_line(&["config", "show"], &[(variable, text)]),
+                    read_line(&["config", "show", "--config", toml.path()], &[]),
+                    read_line(&["config", "show", "--config", yaml.path()], &[]),
+                ];
+                let found = found.map(|parsed| parsed.ok().map(|parsed| setting(&parsed, key).0.to_owned()));
+                assert!(found.iter().all(|value| *value == found[0]), "{key} {text:?}: {found:?}");
+                valid += usize::from(found[0].is_some());
+            }
+        }
+        assert!(valid > 100, "{valid}");
+    }
+
+    proptest! {
+        /// Every error is one for people, with the file's name: nothing panics, nothing is taken silently.
+        #[test]
+        fn whatever_a_file_holds_is_answered(text in "(port|seed|log_json|- |: |= |[\\[\\]{}&*!|>'\"%@`,#?\n\t \\\\]|[a-z0-9.-]|<<|\\PC){0,30}") {
+            for name in ["any.toml", "any.yaml"] {
+                let file = Written::new(name, &text);
+                if let Err(problems) = read_line(&["config", "check", "--config", file.path()], &[]) {
+                    prop_assert!(!problems.is_empty());
+                    prop_assert!(problems.iter().all(|problem| problem.starts_with(file.path())), "{:?}", problems);
+                }
+            }
+        }
     }
 
     #[test]
