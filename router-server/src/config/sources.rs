@@ -53,7 +53,8 @@ impl<'a> Sources<'a> {
                 }
             }
         }
-        if !matches!(origin, Origin::Flag(_)) {
+        // clap checks flags itself, but would print a secret that is wrong.
+        if !matches!(origin, Origin::Flag(_)) || is_secret(arg) {
             self.problems.extend(check(arg, &values).err().map(|why| format!("{origin}: {why}")));
         }
         Some((origin, values))
