@@ -183,5 +183,6 @@ def _weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float,
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap)) * softcap  # [.., T, L]
-    return torch.softmax(scores.masked_fill(~mask, float("-inf")).float(), dim=-1).to(v.dtype) @ v
+    # In place: the scores of a long chunk are the largest thing there is.
+    scores = (q @ k.transpose(-1, -2)).mul_(scaling / softcap).tanh_().mul_(softcap)  # [.., T, L]
+    return torch.softmax(scores.masked_fill_(~mask, float("-inf")), dim=-1, dtype=torch.float32).to(v.dtype) @ v
