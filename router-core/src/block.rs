@@ -22,11 +22,12 @@ pub struct BlockHash(pub u64);
 pub fn hash_blocks(root: BlockHash, ids: &[u32], size: BlockSize) -> Vec<BlockHash> {
     let size = size.get() as usize;
     let mut hashes = Vec::with_capacity(ids.len() / size);
-    let mut bytes = Vec::with_capacity(size * 4);
+    let mut bytes = vec![0; size * 4];
     let mut parent = root;
     for block in ids.chunks_exact(size) {
-        bytes.clear();
-        bytes.extend(block.iter().flat_map(|id| id.to_le_bytes()));
+        for (place, id) in bytes.chunks_exact_mut(4).zip(block) {
+            place.copy_from_slice(&id.to_le_bytes());
+        }
         parent = BlockHash(xxh3_64_with_seed(&bytes, parent.0));
         hashes.push(parent);
     }

@@ -106,11 +106,14 @@ impl Bench {
         turn.learn();
         let mut scheduler = scheduler(&[prompt, generated].concat());
 
-        let mut parts: Vec<Part> =
-            ["parse the body", "render the template", "text to ids", "tokens to decision"].map(|name| (name, Vec::new())).into();
+        let mut parts: Vec<Part> = ["parse the body", "render the template", "text to ids", "tokens to decision"]
+            .map(|name| (name, Vec::new()))
+            .into();
         let mut alone = Vec::new();
         for round in 0..ROUNDS {
-            let user = format!("{round}. Thank you! Could you change flight HAT{round} to economy, and pay with my gift card?");
+            let user = format!(
+                "{round}. Thank you! Could you change flight HAT{round} to economy, and pay with my gift card?"
+            );
             let mut messages = messages.to_vec();
             messages.push(json!({"role": "assistant", "content": answer}));
             messages.push(json!({"role": "user", "content": user}));

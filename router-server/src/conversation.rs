@@ -5,9 +5,10 @@
 //! a text may be spelled by many ids, and those of an answer are to stay the ones whose KV a worker holds.
 //! Knows texts and ids; does not know requests, templates or threads.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hashbrown::HashMap;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::random::random;
