@@ -164,6 +164,10 @@ fn texts() -> impl Strategy<Value = String> {
     prop::collection::vec(prop::sample::select(FRAGMENTS), 0..24).prop_map(|parts| parts.concat())
 }
 
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 #[test]
 fn all_of_them_are_cut() {
     for (name, tokenizer) in TOKENIZERS.iter() {
@@ -188,7 +192,7 @@ fn what_cannot_be_cut_is_tokenised_whole() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(cases(300))]
 
     #[test]
     fn pieces_give_the_ids_of_the_whole(text in texts()) {
@@ -237,11 +241,9 @@ proptest! {
                 let generated = [&first[..], &answer[..]].concat();
                 let silent = usize::from(tokenizer.silent(*answer.last().unwrap()));
                 prop_assert!(second.starts_with(&generated[..generated.len() - silent]), "{}", name);
-                prop_assert_eq!(
-                    tokenizer.decode(&second),
-                    tokenizer.decode(&first) + &read + &tokenizer.decode(&tokenizer.encode("</s>hello", false).unwrap()),
-                    "{}", name
-                );
+                let read = tokenizer.decode(&first) + &read;
+                prop_assert!(tokenizer.decode(&second).starts_with(&read), "{}", name);
+                prop_assert!(second.ends_with(&tokenizer.encode("</s>hello", false).unwrap()), "{}", name);
             }
         }
     }
@@ -306,7 +308,7 @@ fn pieces(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(cases(100))]
 
     #[test]
     fn text_comes_back_in_pieces_as_it_went(text in texts()) {
