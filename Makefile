@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo up test lint bench proto clean soak build readme-figures setup rust-test py-test
+.PHONY: demo up test lint bench bench-core proto clean soak build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -71,8 +71,11 @@ proto: ## Python stubs from proto/ (Rust makes its own in the build)
 readme-figures: ## the README's tables from bench/results
 	@$(PY) tools/readme_figures.py
 
-bench: ## core look-ups and decisions
+bench: bench-core ## that, and the core's look-ups and decisions one by one
 	@cargo bench --quiet -p router-core
+
+bench-core: ## text to decision for a later turn of a long conversation, with its parts
+	@cargo bench --quiet -p router-server --bench text
 
 clean:
 	@cargo clean --quiet
