@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo up test test-versions lint bench bench-peers proto clean soak build readme-figures setup rust-test py-test
+.PHONY: demo up test test-versions lint bench bench-core bench-peers proto clean soak build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -78,8 +78,11 @@ proto: ## Python stubs from proto/ (Rust makes its own in the build)
 readme-figures: ## the README's tables from bench/results
 	@$(PY) tools/readme_figures.py
 
-bench: ## core look-ups and decisions
+bench: bench-core ## that, and the core's look-ups and decisions one by one
 	@cargo bench --quiet -p router-core
+
+bench-core: ## text to decision for a later turn of a long conversation, with its parts
+	@cargo bench --quiet -p router-server --bench text
 
 bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)
 	@tools/setup.sh run

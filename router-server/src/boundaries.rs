@@ -40,10 +40,21 @@ impl Boundaries {
         Some(Self { tokens, begins })
     }
 
-    /// The pieces of a text: each but perhaps the first begins with a boundary, none is empty, together they are the text.
+    /// The pieces of a text: none is empty, together they are the text, each but perhaps the first begins with a boundary.
+    ///
+    /// Boundaries that follow each other at once, as the end of a message and the beginning of the next, are one: a cut
+    /// stands where text ends. So a text has no more pieces than it needs to be known up to every message.
     pub fn pieces<'a>(&'a self, text: &'a str) -> impl Iterator<Item = &'a str> {
-        let starts = self.tokens.find_iter(text).filter(|found| self.begins[found.pattern().as_usize()]);
-        let starts = starts.map(|found| found.start()).filter(|start| *start > 0);
+        // Where the run of boundaries ends that the last one found belongs to.
+        let mut run_ends = 0;
+        let starts = self.tokens.find_iter(text).filter_map(move |found| {
+            let begins = self.begins[found.pattern().as_usize()];
+            let goes_on = found.start() == run_ends;
+            if begins {
+                run_ends = found.end();
+            }
+            (begins && !goes_on).then_some(found.start())
+        });
         let mut from = 0;
         starts.chain(std::iter::once(text.len())).filter_map(move |to| {
             let piece = &text[from..to];
@@ -69,7 +80,8 @@ mod tests {
     #[test]
     fn a_piece_begins_with_a_boundary() {
         let tokens = [special("<s>"), special("</s>")];
-        assert_eq!(cut(&tokens, "<s>a</s></s>é<s>"), ["<s>a", "</s>", "</s>é", "<s>"]);
+        assert_eq!(cut(&tokens, "<s>a</s></s>é<s>"), ["<s>a", "</s></s>é", "<s>"]);
+        assert_eq!(cut(&tokens, "<s></s><s>"), ["<s></s><s>"]);
         assert_eq!(cut(&tokens, "a<s>b"), ["a", "<s>b"]);
         assert_eq!(cut(&tokens, "a"), ["a"]);
         assert!(cut(&tokens, "").is_empty());

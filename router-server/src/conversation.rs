@@ -5,9 +5,10 @@
 //! a text may be spelled by many ids, and those of an answer are to stay the ones whose KV a worker holds.
 //! Knows texts and ids; does not know requests, templates or threads.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use hashbrown::HashMap;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::random::random;
@@ -211,5 +212,55 @@ impl Turn {
         let text = [&self.last.text, text].concat();
         let hash = chain(self.before, &text);
         self.conversations.put(vec![(hash, Arc::new(Piece { text: text.into(), ids: ids.into() }))]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(bytes: usize) -> Arc<Piece> {
+        Arc::new(Piece { text: "x".repeat(bytes - OVERHEAD - 4).into(), ids: Box::new([1]) })
+    }
+
+    #[test]
+    fn what_is_used_stays_and_the_bound_holds() {
+        let conversations = Conversations::new(100 * 1000);
+        conversations.put(vec![(0, piece(1000))]);
+        for hash in 1..1000 {
+            conversations.put(vec![(hash, piece(1000))]);
+            let mut known = conversations.lock();
+            assert!(known.get(0).is_some(), "used before every other came: {hash}");
+            assert!(known.bytes <= 100 * 1000 && known.pieces.len() == known.queue.len());
+        }
+        let mut known = conversations.lock();
+        assert_eq!((known.bytes, known.pieces.len()), (100 * 1000, 100));
+        assert!(known.get(900).is_none() && known.get(999).is_some());
+    }
+
+    #[test]
+    fn a_piece_is_replaced_in_its_place() {
+        let conversations = Conversations::new(100 * 1000);
+        conversations.put(vec![(7, piece(1000)), (7, piece(3000)), (7, piece(2000))]);
+        let known = conversations.lock();
+        assert_eq!((known.bytes, known.pieces.len(), known.queue.len()), (2000, 1, 1));
+    }
+
+    #[test]
+    fn one_piece_does_not_put_out_all_others() {
+        let conversations = Conversations::new(100 * 1000);
+        conversations.put(vec![(1, piece(1000)), (2, piece(50 * 1000))]);
+        let mut known = conversations.lock();
+        assert!(known.get(1).is_some() && known.get(2).is_none());
+    }
+
+    #[test]
+    fn when_all_are_used_one_goes_all_the_same() {
+        let conversations = Conversations::new(1000 * 1000);
+        conversations.put((0..1000).map(|hash| (hash, piece(1000))).collect());
+        (0..1000).for_each(|hash| assert!(conversations.lock().get(hash).is_some()));
+        conversations.put(vec![(1000, piece(1000))]);
+        assert!(conversations.lock().get(1000).is_some(), "what came last is kept");
+        assert_eq!(conversations.lock().pieces.len(), 1000);
     }
 }

@@ -10,18 +10,26 @@ pub fn check_message(at: usize, message: &Value) -> Result<(), Error> {
     let fault = |field: &str, want: &str, got: &Value| {
         Err(Error::invalid("messages", format!("messages[{at}]{field} must be {want}: {}", kind_of(got))))
     };
-    if !message.is_object() {
-        return fault("", "an object", message);
+    let Some(fields) = message.as_object() else { return fault("", "an object", message) };
+    // One look at each field: a conversation has many messages, a message few fields.
+    let (mut role, mut content, mut calls) = (&Value::Null, &Value::Null, &Value::Null);
+    for (name, value) in fields {
+        match name.as_str() {
+            "role" => role = value,
+            "content" => content = value,
+            "tool_calls" => calls = value,
+            _ => {}
+        }
     }
-    match message["role"].as_str() {
+    match role.as_str() {
         Some("system" | "developer" | "user" | "assistant" | "tool" | "function") => {}
         Some(role) => return Err(Error::invalid("messages", format!("messages[{at}] has an unknown role: {role}"))),
-        None => return fault(".role", "a string", &message["role"]),
+        None => return fault(".role", "a string", role),
     }
-    match &message["content"] {
+    match content {
         Value::String(_) => {}
         // Only a message of something else, such as calls, goes without content.
-        Value::Null if message["role"] == "assistant" => {}
+        Value::Null if role == "assistant" => {}
         Value::Array(parts) => {
             for part in parts {
                 match (part["type"].as_str(), &part["text"]) {
@@ -37,7 +45,7 @@ pub fn check_message(at: usize, message: &Value) -> Result<(), Error> {
         }
         other => return fault(".content", "a string or a list of parts", other),
     }
-    match &message["tool_calls"] {
+    match calls {
         Value::Null => Ok(()),
         // Some clients send the function's fields without the wrapper; templates know both.
         Value::Array(calls) => {

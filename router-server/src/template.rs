@@ -3,7 +3,9 @@
 //! Renders like transformers does (`trim_blocks`, `lstrip_blocks`, its `tojson`, `raise_exception`, `strftime_now`),
 //! in a sandbox without loaders and with a limit on work. Knows one template; does not know HTTP or tokens.
 
-use minijinja::value::{Kwargs, ValueKind};
+use std::sync::Arc;
+
+use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, syntax::SyntaxConfig};
 use serde_json::Value as Json;
 
@@ -90,7 +92,7 @@ impl ChatTemplate {
 
     /// The prompt for a conversation, ready for the assistant's next message.
     pub fn render(&self, messages: &[Json], tools: Option<&Json>) -> Result<String, TemplateError> {
-        let messages: Value = messages.iter().map(|message| to_value(&self.prepare(message))).collect();
+        let messages: Value = messages.iter().map(|message| self.message(message)).collect();
         let own = [
             ("messages".to_owned(), messages),
             ("tools".to_owned(), tools.map_or(Value::from(()), to_value)),
@@ -108,26 +110,54 @@ impl ChatTemplate {
         })
     }
 
-    /// The message in the form this template was written for.
-    fn prepare(&self, message: &Json) -> Json {
-        let mut message = message.clone();
-        if let (Parts::Joined, Some(parts)) = (self.parts, message["content"].as_array()) {
-            let texts: Vec<&str> = parts.iter().filter_map(|part| part["text"].as_str()).collect();
-            message["content"] = Json::from(texts.join("\n"));
-        }
-        if self.arguments == Arguments::Parsed
-            && let Some(calls) = message.get_mut("tool_calls").and_then(Json::as_array_mut)
-        {
-            for call in calls {
-                if let Some(arguments) = call.pointer_mut("/function/arguments")
-                    && let Some(Ok(parsed @ Json::Object(_))) = arguments.as_str().map(serde_json::from_str)
-                {
-                    *arguments = parsed;
-                }
+    /// A message in the form this template was written for. Long texts are copied once, into the template's values.
+    fn message(&self, message: &Json) -> Value {
+        let Some(fields) = message.as_object() else { return to_value(message) };
+        let field = |name: &str, value: &Json| match value {
+            Json::Array(parts) if name == "content" && self.parts == Parts::Joined => {
+                let texts: Vec<&str> = parts.iter().filter_map(|part| part["text"].as_str()).collect();
+                Value::from(texts.join("\n"))
             }
-        }
-        message
+            Json::Array(calls) if name == "tool_calls" && self.arguments == Arguments::Parsed => {
+                calls.iter().map(|call| to_value(&with_arguments(call))).collect()
+            }
+            value => to_value(value),
+        };
+        let fields = fields.iter().map(|(name, value)| (Value::from(name.as_str()), field(name, value)));
+        if fields.len() > FEW { Value::from_pairs(fields) } else { Value::from_object(Message(fields.collect())) }
     }
+}
+
+/// Fields that are found sooner by looking at each than by hashing a name.
+const FEW: usize = 12;
+
+/// A message with few fields, of which templates ask often.
+#[derive(Debug)]
+struct Message(Vec<(Value, Value)>);
+
+impl Object for Message {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.get_value_by_str(key.as_str()?)
+    }
+
+    fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
+        self.0.iter().find(|(name, _)| name.as_str() == Some(key)).map(|(_, value)| value.clone())
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Values(self.0.iter().map(|(name, _)| name.clone()).collect())
+    }
+}
+
+/// The call with its arguments as an object, if they are the text of one.
+fn with_arguments(call: &Json) -> Json {
+    let mut call = call.clone();
+    if let Some(arguments) = call.pointer_mut("/function/arguments")
+        && let Some(Ok(parsed @ Json::Object(_))) = arguments.as_str().map(serde_json::from_str)
+    {
+        *arguments = parsed;
+    }
+    call
 }
 
 /// `bos_token` and the like, which the configuration gives as a string or as an object with its content.
@@ -336,6 +366,25 @@ mod tests {
         let want = "[\n    {\n        \"a\": []\n    }\n]";
         let tools = json!([{"a": []}]);
         assert_eq!(render("{{ tools | tojson(indent=4) }}", &[], Some(&tools)).expect("renders"), want);
+    }
+
+    #[test]
+    fn a_message_is_a_mapping() {
+        let mut message = json!({"role": "user", "content": "a", "n": null});
+        let source = "{% for m in messages %}{{ m is mapping }} {{ m | tojson }} {{ m['role'] }} {{ 'n' in m }} {{ 'x' in m }} \
+                      {{ m.x is defined }} {{ m.get('x', 'no') }} {{ m | length }} {{ m.items() | list | length }} \
+                      {{ m == messages[0] }} {% for key in m %}{{ key }};{% endfor %}\n{% endfor %}";
+        let few = render(source, &[message.clone()], None).expect("renders");
+        let json = r#"{"role": "user", "content": "a", "n": null}"#;
+        assert_eq!(few, format!("true {json} user true false false no 3 3 true role;content;n;"));
+        for i in 0..FEW {
+            message[format!("x{i}")] = Json::Null;
+        }
+        let many = render(source, &[message], None).expect("renders");
+        assert!(
+            many.starts_with("true {\"role\"") && many.contains("user true false false no 15 15 true role;"),
+            "{many}"
+        );
     }
 
     #[test]

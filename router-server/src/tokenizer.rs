@@ -247,6 +247,16 @@ impl Detokenizer {
                 new
             }
             _ if stuck => self.finish(),
+            // What comes changes how those given out would read, as a broken byte does in a run of bytes that stand for
+            // themselves. They are out: the pending ones are read alone.
+            None => {
+                let alone = self.alone();
+                if alone.is_empty() || alone.ends_with(REPLACEMENT) {
+                    return String::new();
+                }
+                self.advance();
+                alone
+            }
             _ => String::new(),
         }
     }
@@ -259,10 +269,15 @@ impl Detokenizer {
     /// The output ended: whatever is pending, complete or not.
     pub fn finish(&mut self) -> String {
         let text = self.tokenizer.decode(&self.window);
-        let common = text.char_indices().zip(self.given_text.chars()).take_while(|((_, a), b)| a == b);
-        let from = common.last().map_or(0, |((at, c), _)| at + c.len_utf8());
+        let new = text.strip_prefix(&self.given_text).map(str::to_owned);
+        let new = new.unwrap_or_else(|| self.alone());
         self.advance();
-        text[from..].to_owned()
+        new
+    }
+
+    /// The pending ids as they read without those given out.
+    fn alone(&self) -> String {
+        self.tokenizer.decode(&self.window[self.given..])
     }
 
     fn advance(&mut self) {
