@@ -29,6 +29,7 @@ pub mod messages;
 pub mod meter;
 pub mod metrics;
 pub mod mock;
+pub mod openapi;
 pub mod pool;
 pub mod prompt;
 pub mod random;

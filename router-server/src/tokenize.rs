@@ -86,9 +86,10 @@ impl<'de> Visitor<'de> for Shape {
 }
 
 impl Body {
-    fn nothing_else(self, with_tools: bool) -> Result<(), Error> {
-        self.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
-        self.fields.nothing_else(with_tools)
+    /// Refuses what is left over.
+    fn nothing_else(self) -> Result<(), Error> {
+        let left = self.fields.0.into_iter().find(|(_, value)| !value.is_null());
+        self.unknown.or(left.map(|(name, _)| name)).map_or(Ok(()), |name| Err(Error::unsupported(name)))
     }
 }
 
@@ -128,11 +129,19 @@ impl Tokenize {
             (None, Some(other)) => return Err(wrong("messages", "a list", &other)),
         };
         // Special tokens stand where a chat's template puts them, and at a prompt's beginning: as when it is served.
-        let special = matches!(text, Text::Prompt(_));
-        if fields.0.get("add_special_tokens") == Some(&json!(special)) {
-            fields.0.shift_remove("add_special_tokens");
+        let special = json!(matches!(text, Text::Prompt(_)));
+        let as_served = [
+            ("add_special_tokens", special),
+            ("add_generation_prompt", json!(true)),
+            ("continue_final_message", json!(false)),
+            ("chat_template_kwargs", json!({})),
+        ];
+        for (name, value) in as_served {
+            if fields.take(name).is_some_and(|given| given != value) {
+                return Err(Error::unsupported(name));
+            }
         }
-        body.nothing_else(matches!(&text, Text::Chat { tools: Some(_), .. }))?;
+        body.nothing_else()?;
         Ok(Self { model, text, strings })
     }
 }
@@ -182,8 +191,20 @@ fn parse_ids(bytes: &[u8]) -> Result<(String, Vec<u32>), Error> {
         None => return Err(Error::invalid("tokens", "the tokens are missing")),
         Some(_) => return Err(Error::invalid("tokens", "the tokens must be a list of token ids")),
     };
-    body.nothing_else(false)?;
+    body.nothing_else()?;
     Ok((model, ids))
+}
+
+/// What of a body is right, without an app to ask.
+#[cfg(test)]
+pub(crate) fn check_tokenize(bytes: &[u8]) -> Result<(), Error> {
+    Tokenize::parse(bytes).map(drop)
+}
+
+/// Likewise.
+#[cfg(test)]
+pub(crate) fn check_detokenize(bytes: &[u8]) -> Result<(), Error> {
+    parse_ids(bytes).map(drop)
 }
 
 #[cfg(test)]
