@@ -59,9 +59,10 @@ py-test:
 	@echo "==> pytest"
 	@$(PY) -m pytest
 
-soak: ## the long forms of the tests: the full exactness product, many kills
+soak: ## the long forms of the tests: the full exactness product, many kills, fuzzed bodies
 	@tools/setup.sh test
 	@$(MAKE) --no-print-directory build
+	@SCLS_SOAK=1 cargo test --quiet -p router-server --test fuzz
 	@SCLS_SOAK=1 $(PY) -m pytest -m soak -o timeout=7200
 
 proto: ## Python stubs from proto/ (Rust makes its own in the build)

@@ -146,17 +146,18 @@ mod tests {
             };
             let base = endpoint.base.as_object().expect("an object");
             differences.extend(check(base));
-            let names = fields::known().chain(tokenize::TOKENIZE).chain(tokenize::DETOKENIZE).chain(["guided_json", "x"]);
+            let names =
+                fields::known().chain(tokenize::TOKENIZE).chain(tokenize::DETOKENIZE).chain(["guided_json", "x"]);
             for field in names {
-                let named = if endpoint.schema == "TokenizeRequest" { "tokenize " } else { "" }.to_owned() + field;
-                for value in values().into_iter().filter(|value| !may_differ(&named, value)) {
+                let of_schema = if endpoint.schema == "TokenizeRequest" { "tokenize " } else { "" }.to_owned() + field;
+                for value in values().into_iter().filter(|value| !may_differ(&of_schema, value)) {
                     let mut body = base.clone();
                     body.insert(field.into(), value);
                     differences.extend(check(&body));
                 }
                 let mut body = base.clone();
                 body.shift_remove(field);
-                if named != "tokenize prompt" {
+                if of_schema != "tokenize prompt" {
                     differences.extend(check(&body));
                 }
             }

@@ -231,7 +231,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         let messages = r#""messages": [{"role": "user", "content": "hi"}]"#;
         let table = [
-            ("".to_owned(), "prompt"),
+            (String::new(), "prompt"),
             (r#""prompt": null"#.to_owned(), "prompt"),
             (r#""prompt": [5]"#.to_owned(), "prompt"),
             (format!(r#""prompt": "a", {messages}"#), "messages"),
