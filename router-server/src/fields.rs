@@ -291,6 +291,12 @@ const WITH_NEUTRAL: [&str; 25] = [
     "service_tier",
 ];
 
+/// All fields that are read or have a value that asks for nothing.
+#[cfg(test)]
+pub(crate) fn known() -> impl Iterator<Item = &'static str> {
+    SERVED.into_iter().chain(WITH_NEUTRAL)
+}
+
 /// Whether a field's value matters.
 pub(crate) fn is_known(name: &str) -> bool {
     SERVED.contains(&name) || WITH_NEUTRAL.contains(&name)

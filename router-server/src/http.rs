@@ -9,7 +9,7 @@ use axum::extract::{Path, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use futures::FutureExt;
 use serde_json::{Value, json};
@@ -20,6 +20,7 @@ use crate::completions::{chat, completions};
 use crate::dispatch::Decided;
 use crate::error::Error;
 use crate::fleet::Fleet;
+use crate::openapi::openapi;
 use crate::pool::Pool;
 use crate::proto;
 use crate::random::random_id;
@@ -117,40 +118,63 @@ const NOT_OFFERED: [&str; 24] = [
 
 /// The public routes.
 pub fn public(app: Arc<App>) -> Router {
-    let guarded = Router::new()
-        .route("/v1/completions", post(completions))
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*name}", get(model))
-        .route("/tokenize", post(tokenize))
-        .route("/detokenize", post(detokenize))
-        .layer(middleware::from_fn_with_state(Arc::clone(&app), require_key));
-    answering(common(guarded), app)
+    let guarded = routed(guarded()).layer(middleware::from_fn_with_state(Arc::clone(&app), require_key));
+    answering(guarded.merge(routed(open())), app)
 }
 
 /// The routes of the admin listener, which is on loopback.
 pub fn admin(app: Arc<App>) -> Router {
-    let routes = Router::new().route("/workers", get(workers)).route("/decisions", get(decisions));
-    answering(common(routes).layer(middleware::from_fn(require_local)), app)
+    let routes = routed(local()).merge(routed(open()));
+    answering(routes.layer(middleware::from_fn(require_local)), app)
 }
 
-/// With what every listener answers.
-fn common(routes: Router<Arc<App>>) -> Router<Arc<App>> {
-    let health = || get(|| async { Json(json!({"status": "ok"})) });
-    let health_names = ["/health", "/healthz", "/live", "/liveness"];
-    let ready_names = ["/ready", "/readyz", "/readiness"];
-    let routes = health_names.iter().fold(routes, |routes, name| routes.route(name, health()));
-    let routes = ready_names.iter().fold(routes, |routes, name| routes.route(name, get(ready)));
-    routes
-        .route("/version", get(|| async { Json(json!({"version": env!("CARGO_PKG_VERSION")})) }))
-        .route("/metrics", get(metrics))
-        .fallback(not_found)
-        .method_not_allowed_fallback(|method: Method| async move { Error::MethodNotAllowed(method.to_string()) })
+type Routes = Vec<(&'static str, MethodRouter<Arc<App>>)>;
+
+/// What asks for a key, where there are keys.
+fn guarded() -> Routes {
+    vec![
+        ("/v1/completions", post(completions)),
+        ("/v1/chat/completions", post(chat)),
+        ("/v1/models", get(models)),
+        ("/v1/models/{*name}", get(model)),
+        ("/tokenize", post(tokenize)),
+        ("/detokenize", post(detokenize)),
+    ]
+}
+
+/// What every listener tells everybody.
+fn open() -> Routes {
+    vec![
+        ("/health", get(health)),
+        ("/healthz", get(health)),
+        ("/live", get(health)),
+        ("/liveness", get(health)),
+        ("/ready", get(ready)),
+        ("/readyz", get(ready)),
+        ("/readiness", get(ready)),
+        ("/version", get(version)),
+        ("/metrics", get(metrics)),
+        ("/openapi.json", get(openapi)),
+    ]
+}
+
+/// What the admin listener alone tells.
+fn local() -> Routes {
+    vec![("/workers", get(workers)), ("/decisions", get(decisions))]
+}
+
+fn routed(routes: Routes) -> Router<Arc<App>> {
+    routes.into_iter().fold(Router::new(), |router, (path, methods)| router.route(path, methods))
 }
 
 /// Whatever happens there is an answer, and it has the ids of its request.
 fn answering(routes: Router<Arc<App>>, app: Arc<App>) -> Router {
-    routes.layer(middleware::from_fn(catch_panic)).layer(middleware::from_fn(echo_ids)).with_state(app)
+    routes
+        .fallback(not_found)
+        .method_not_allowed_fallback(|method: Method| async move { Error::MethodNotAllowed(method.to_string()) })
+        .layer(middleware::from_fn(catch_panic))
+        .layer(middleware::from_fn(echo_ids))
+        .with_state(app)
 }
 
 async fn not_found(uri: Uri) -> Error {
@@ -197,6 +221,14 @@ async fn catch_panic(request: Request, next: Next) -> Response {
     let answer = AssertUnwindSafe(next.run(request)).catch_unwind().await;
     // What it said is in the log already, and is nobody else's.
     answer.unwrap_or_else(|_| Error::Internal("a bug in the router, see its log".into()).into_response())
+}
+
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok"}))
+}
+
+async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
 /// Whether requests are taken. Addresses and loads of workers are for the admin listener.
@@ -274,6 +306,8 @@ fn describe(name: &str, pool: &Pool) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use axum::body::Body;
     use axum::http::StatusCode;
     use router_core::{Config, PolicyName};
@@ -304,12 +338,34 @@ mod tests {
     #[tokio::test]
     async fn a_bug_is_an_answer_and_the_next_request_works() {
         let bug = || async { Json(json!(Vec::<u32>::new().iter().max().expect("the secret of the prompt"))) };
-        let routes = answering(common(Router::new().route("/bug", get(bug))), app());
+        let routes = answering(routed(vec![("/bug", get(bug)), ("/health", get(health))]), app());
         let (status, body, head) = ask(&routes, "/bug").await;
         assert_eq!((status.as_u16(), &body["error"]["type"]), (500, &json!("server_error")));
         assert!(!body.to_string().contains("secret"), "{body}");
         assert!(head.headers().contains_key(REQUEST_ID));
         assert_eq!(ask(&routes, "/health").await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn openapi_has_every_route_with_its_methods() {
+        let document = crate::openapi::document();
+        let paths = document["paths"].as_object().expect("paths");
+        let (public, admin) = (public(app()), admin(app()));
+        let served = guarded().into_iter().chain(open()).chain(local());
+        let served: BTreeSet<String> = served.map(|(path, _)| path.replace("{*", "{")).collect();
+        assert_eq!(served, paths.keys().cloned().collect());
+        for (path, item) in paths {
+            let reference = item["$ref"].as_str().map(|to| to.trim_start_matches('#'));
+            let item = reference.map_or(item, |to| document.pointer(to).expect("it leads somewhere"));
+            let methods = ["get", "post", "put", "patch", "delete"].iter().filter(|method| !item[**method].is_null());
+            let allowed: Vec<_> = methods.map(|method| method.to_uppercase().replace("GET", "GET,HEAD")).collect();
+            let routes = if item["servers"].is_null() { &public } else { &admin };
+            let path = path.replace(['{', '}'], "");
+            let request = Request::builder().method("OPTIONS").uri(&path).body(Body::empty()).expect("a request");
+            let answer = routes.clone().oneshot(request).await.expect("an answer");
+            assert_eq!(answer.status(), StatusCode::METHOD_NOT_ALLOWED, "{path}");
+            assert_eq!(answer.headers()[header::ALLOW], allowed.join(","), "{path}");
+        }
     }
 
     #[tokio::test]

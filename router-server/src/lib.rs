@@ -33,6 +33,7 @@ pub mod messages;
 pub mod meter;
 pub mod metrics;
 pub mod mock;
+pub mod openapi;
 pub mod output;
 pub mod pieces;
 pub mod pool;

@@ -191,8 +191,12 @@ impl Pool {
 
     /// How the vocabulary writes each of these ids.
     pub async fn token_strings(&self, ids: Vec<u32>) -> Result<Vec<String>, Error> {
-        let strings = move |tokenizer: &Tokenizer| ids.iter().map(|id| tokenizer.token(*id)).collect();
-        self.blocking(0, move |own| own.tokenizer().map(|tokenizer| strings(tokenizer))).await
+        let bytes = size_of_val(&*ids);
+        self.blocking(bytes, move |own| {
+            let tokenizer = own.tokenizer()?;
+            Ok(ids.iter().map(|id| tokenizer.token(*id)).collect())
+        })
+        .await
     }
 
     async fn blocking<T: Send + 'static>(

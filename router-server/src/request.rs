@@ -147,7 +147,7 @@ impl Chat {
     /// Reads and checks a body.
     pub fn parse(body: &[u8]) -> Result<Self, Error> {
         let body = parse(body)?;
-        if body.prompt.is_some() {
+        if body.prompt.as_ref().is_some_and(|prompt| *prompt != Prompt::Other("null")) {
             return Err(Error::unsupported("prompt"));
         }
         let mut fields = Fields(body.fields);

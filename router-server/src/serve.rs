@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::metadata::MetadataValue;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::TcpIncoming;
@@ -119,7 +120,7 @@ async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<boo
     let service = service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE);
     // Health and reflection are open, as they are over HTTP.
     let service = InterceptedService::new(service, move |request: tonic::Request<()>| {
-        let given = request.metadata().get("authorization").map(|value| value.as_bytes());
+        let given = request.metadata().get("authorization").map(MetadataValue::as_bytes);
         app.keys.check(given)?;
         Ok(request)
     });

@@ -86,9 +86,10 @@ impl<'de> Visitor<'de> for Shape {
 }
 
 impl Body {
+    /// Refuses what is left over.
     fn nothing_else(self) -> Result<(), Error> {
-        self.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
-        self.fields.nothing_else(1)
+        let left = self.fields.0.into_iter().find(|(_, value)| !value.is_null());
+        self.unknown.or(left.map(|(name, _)| name)).map_or(Ok(()), |name| Err(Error::unsupported(name)))
     }
 }
 
@@ -128,9 +129,17 @@ impl Tokenize {
             (None, Some(other)) => return Err(wrong("messages", "a list", &other)),
         };
         // Special tokens stand where a chat's template puts them, and at a prompt's beginning: as when it is served.
-        let special = matches!(text, Text::Prompt(_));
-        if fields.0.get("add_special_tokens") == Some(&json!(special)) {
-            fields.0.shift_remove("add_special_tokens");
+        let special = json!(matches!(text, Text::Prompt(_)));
+        let as_served = [
+            ("add_special_tokens", special),
+            ("add_generation_prompt", json!(true)),
+            ("continue_final_message", json!(false)),
+            ("chat_template_kwargs", json!({})),
+        ];
+        for (name, value) in as_served {
+            if fields.take(name).is_some_and(|given| given != value) {
+                return Err(Error::unsupported(name));
+            }
         }
         body.nothing_else()?;
         Ok(Self { model, text, strings })
@@ -186,6 +195,18 @@ fn parse_ids(bytes: &[u8]) -> Result<(String, Vec<u32>), Error> {
     Ok((model, ids))
 }
 
+/// What of a body is right, without an app to ask.
+#[cfg(test)]
+pub(crate) fn check_tokenize(bytes: &[u8]) -> Result<(), Error> {
+    Tokenize::parse(bytes).map(drop)
+}
+
+/// Likewise.
+#[cfg(test)]
+pub(crate) fn check_detokenize(bytes: &[u8]) -> Result<(), Error> {
+    parse_ids(bytes).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,7 +231,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         let messages = r#""messages": [{"role": "user", "content": "hi"}]"#;
         let table = [
-            ("".to_owned(), "prompt"),
+            (String::new(), "prompt"),
             (r#""prompt": null"#.to_owned(), "prompt"),
             (r#""prompt": [5]"#.to_owned(), "prompt"),
             (format!(r#""prompt": "a", {messages}"#), "messages"),

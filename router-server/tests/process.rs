@@ -54,7 +54,7 @@ fn it_serves_on_when_nobody_reads_its_log() {
     drop(child.stderr.take());
     let get = |address: &str, path: &str| {
         let mut stream = TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").unwrap();
         std::io::read_to_string(stream).unwrap()
     };
     for _ in 0..3 {
