@@ -314,9 +314,9 @@ BAD: list[tuple[str, str, Any, int, str | None]] = [
     ("ids out of range", "completions", {"prompt": [5, 10**6]}, 400, "prompt"),
     ("negative ids", "completions", {"prompt": [-5]}, 400, "prompt"),
     ("several prompts", "completions", {"prompt": ["a", "b"]}, 400, "prompt"),
-    ("n", "completions", {"prompt": "a", "n": 3}, 400, "n"),
-    ("top_p", "completions", {"prompt": "a", "top_p": 0.5}, 400, "top_p"),
-    ("logprobs", "chat", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}, 400, "logprobs"),
+    ("n", "completions", {"prompt": "a", "n": 129}, 400, "n"),
+    ("top_p", "completions", {"prompt": "a", "top_p": 1.5}, 400, "top_p"),
+    ("logprobs", "chat", {"messages": [{"role": "user", "content": "a"}], "logprobs": 2}, 400, "logprobs"),
     (
         "response_format",
         "chat",
