@@ -143,7 +143,7 @@ mod tests {
     fn run(output: &mut Output, ids: &[u32]) -> (Given, Vec<usize>) {
         let (mut all, mut steps) = (Given::default(), Vec::new());
         for id in ids {
-            output.push(*id, Some(TokenLogprobs { chosen: -(*id as f32), top: Vec::new() }), &mut all);
+            output.push(*id, Some(TokenLogprobs { chosen: -1.0, top: vec![(*id, -1.0)] }), &mut all);
             steps.push(all.text.len());
             if output.is_stopped() {
                 break;
@@ -236,7 +236,7 @@ mod tests {
                 prop_assert!(held.is_empty() || stops.iter().any(|stop| stop.starts_with(held)), "{:?} held", held);
             }
             for token in &given.tokens {
-                prop_assert_eq!(token.logprobs.as_ref().map(|logprobs| logprobs.chosen), Some(-(token.id as f32)));
+                prop_assert_eq!(token.logprobs.as_ref().map(|logprobs| logprobs.top[0].0), Some(token.id));
             }
         }
 
