@@ -67,7 +67,7 @@ class Door(Protocol):
     name: str
 
     def models(self) -> list[str]: ...
-    def complete(self, prompt: str | list[int], **fields: Any) -> Answer: ...
+    def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer: ...
     def chat(self, messages: list[dict[str, Any]], **fields: Any) -> Answer: ...
 
 
@@ -97,7 +97,7 @@ class OpenAI:
     def models(self) -> list[str]:
         return [model.id for model in self.client.models.list()]
 
-    def complete(self, prompt: str | list[int], **fields: Any) -> Answer:
+    def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer:
         asked = self._asked(fields)
         try:
             answer = self.client.completions.create(prompt=prompt, **asked)

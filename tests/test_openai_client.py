@@ -96,6 +96,16 @@ def gives_n_choices_counted_once(door: Door, server: Server) -> None:
     assert len(chat.choices) == 3 and all(choice.text for choice in chat.choices)
 
 
+def completes_every_prompt(door: Door, server: Server) -> None:
+    asked: dict[str, Any] = {"max_tokens": 7, "ignore_eos": True, "temperature": 1.0, "seed": 5}
+    prompts = [PROMPT, "Good morning", "a b c"]
+    alone = [door.complete(prompt, n=2, **asked) for prompt in prompts]
+    together = door.complete(prompts, n=2, **asked)
+    assert [c.text for c in together.choices] == [c.text for answer in alone for c in answer.choices]
+    assert together.prompt_tokens == sum(answer.prompt_tokens for answer in alone)
+    assert together.completion_tokens == 6 * 7
+
+
 def gives_the_same_for_the_same_seed(door: Door, server: Server) -> None:
     asked: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 7, "top_k": 40, "min_p": 0.01}
     first, second = (door.chat(CHAT, **asked) for _ in range(2))
@@ -226,6 +236,7 @@ CASES = [
     ids_and_text_are_one_prompt,
     finds_what_was_asked_before,
     gives_n_choices_counted_once,
+    completes_every_prompt,
     gives_the_same_for_the_same_seed,
     takes_every_sampling_field,
     stops_before_the_string,

@@ -313,7 +313,7 @@ BAD: list[tuple[str, str, Any, int, str | None]] = [
     ("prompt over the context", "completions", {"prompt": [5] * 9000, "max_tokens": 1}, 400, None),
     ("ids out of range", "completions", {"prompt": [5, 10**6]}, 400, "prompt"),
     ("negative ids", "completions", {"prompt": [-5]}, 400, "prompt"),
-    ("several prompts", "completions", {"prompt": ["a", "b"]}, 400, "prompt"),
+    ("one empty prompt", "completions", {"prompt": ["a", ""]}, 400, "prompt"),
     ("n", "completions", {"prompt": "a", "n": 129}, 400, "n"),
     ("top_p", "completions", {"prompt": "a", "top_p": 1.5}, 400, "top_p"),
     ("logprobs", "chat", {"messages": [{"role": "user", "content": "a"}], "logprobs": 2}, 400, "logprobs"),

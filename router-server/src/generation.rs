@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::output::{Given, Output, Token};
 use crate::proto;
+use crate::stop::StopMatcher;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
 /// A validated request in ids.
@@ -149,8 +150,10 @@ pub struct Start {
 impl Generation {
     /// Begins to listen.
     pub fn new(start: Start, job: &Job) -> Self {
+        let stops = StopMatcher::new(job.stop.clone());
+        let detokenizer = || start.tokenizer.clone().map(Detokenizer::new);
         let choice = |_| Choice {
-            output: Output::new(start.tokenizer.clone().map(Detokenizer::new), job.stop.clone(), job.limits.min_tokens),
+            output: Output::new(detokenizer(), stops.clone(), job.limits.min_tokens),
             given: 0,
             last_token: None,
             ended: false,

@@ -12,6 +12,7 @@ use clap::Parser;
 
 pub mod accept;
 pub mod answer;
+pub mod batch;
 pub mod body;
 pub mod cli;
 pub mod completions;

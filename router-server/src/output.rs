@@ -49,10 +49,10 @@ pub struct Output {
 
 impl Output {
     /// At its beginning.
-    pub fn new(detokenizer: Option<Detokenizer>, stop: Vec<String>, min_tokens: u32) -> Self {
+    pub fn new(detokenizer: Option<Detokenizer>, stops: StopMatcher, min_tokens: u32) -> Self {
         Self {
             detokenizer,
-            stops: StopMatcher::new(stop),
+            stops,
             min_tokens,
             drawn: 0,
             decoded: 0,
@@ -136,7 +136,7 @@ mod tests {
 
     /// A tokenizer whose tokens are pieces of the bytes of the texts below, at random borders: within characters too.
     fn output(tokenizer: &Arc<Tokenizer>, stop: &[String], min_tokens: u32) -> Output {
-        Output::new(Some(Detokenizer::new(Arc::clone(tokenizer))), stop.to_vec(), min_tokens)
+        Output::new(Some(Detokenizer::new(Arc::clone(tokenizer))), StopMatcher::new(stop.to_vec()), min_tokens)
     }
 
     /// All that is given out, and after each token how much.
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn without_a_tokenizer_nothing_waits() {
-        let mut output = Output::new(None, Vec::new(), 0);
+        let mut output = Output::new(None, StopMatcher::default(), 0);
         let mut given = Given::default();
         output.push(5, None, &mut given);
         assert_eq!((given.text.as_str(), ids(&given)), ("", vec![5]));

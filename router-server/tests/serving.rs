@@ -115,6 +115,23 @@ async fn choices_come_interleaved_and_end_one_by_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_prompts_is_answered_prompt_by_prompt_or_not_at_all() {
+    let worker = Worker::start("").await;
+    let router = Router::over(&[&worker], config()).await;
+    let mut body = json!({"model": "tiny", "prompt": [[5, 6], [7]], "max_tokens": 9, "n": 2, "return_token_ids": true});
+    let answer = router.post("/v1/completions", &body).await.json();
+    let ids: Vec<Vec<u32>> =
+        (0..4).map(|at| serde_json::from_value(answer["choices"][at]["token_ids"].clone()).unwrap()).collect();
+    let (first, second) = (drawn(&[5, 6], 9), drawn(&[7], 9));
+    assert_eq!(ids, [first.clone(), first, second.clone(), second]);
+    assert_eq!((&answer["usage"]["prompt_tokens"], &answer["usage"]["completion_tokens"]), (&json!(3), &json!(36)));
+    body["prompt"] = json!([[5, 6], [common::VOCAB]]);
+    let refused = router.post("/v1/completions", &body).await;
+    assert_eq!((refused.status, refused.param()), (400, json!("prompt")));
+    router.until_drained().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_of_many_choices_frees_all_its_rows() {
     let worker = Worker::start("--step-us 1000").await;
     let router = Router::over(&[&worker], config()).await;
