@@ -177,7 +177,10 @@ def logprobs_end_where_the_text_does(door: Door, server: Server) -> None:
 
 
 def tools_are_in_the_prompt(door: Door, server: Server) -> None:
-    tool = {"type": "function", "function": {"name": "find_flights", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "find_flights", "parameters": {"type": "object", "properties": {}}},
+    }
     plain, with_tools, muted = (
         door.chat(CHAT, max_tokens=1, **GREEDY, **more)
         for more in ({}, {"tools": [tool]}, {"tools": [tool], "tool_choice": "none"})
