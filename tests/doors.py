@@ -1,15 +1,24 @@
 """One shape for what every client gets, so that one table of cases holds for all of them.
 
-A door asks as its client does (the openai package, whole or streamed; more may follow) and answers in these types.
+A door asks as its client does (the openai package, curl, our own clients) and answers in these types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import openai
+import pytest
+from harness import MODEL, Router
+from tokenizers import Tokenizer
 
 # Fields that the openai package knows; the others travel in its extra_body.
 KNOWN = {
@@ -64,7 +73,8 @@ class Refusal(Exception):
 
 
 class Door(Protocol):
-    name: str
+    http: bool
+    """Whether it speaks OpenAI's HTTP: chats, models, token strings. Else it has completions by `Generate` alone."""
 
     def models(self) -> list[str]: ...
     def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer: ...
@@ -81,58 +91,61 @@ def _chat_logprobs(logprobs: Any) -> list[Logprob]:
 def _completion_logprobs(logprobs: Any) -> list[Logprob]:
     if not logprobs:
         return []
-    rows = zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset, strict=True)
+    tops = [top if isinstance(top, dict) else vars(top) for top in logprobs.top_logprobs]
+    rows = zip(logprobs.tokens, logprobs.token_logprobs, tops, logprobs.text_offset, strict=True)
     return [Logprob(token, p, list(top.items()), offset) for token, p, top, offset in rows]
 
 
-class OpenAI:
-    """The openai package against one router."""
+def _whole(answer: Any) -> Answer:
+    """Of OpenAI's answer, chat or completion."""
+    choices = []
+    for at, choice in enumerate(answer.choices):
+        assert choice.index == at
+        if hasattr(choice, "message"):
+            text, logprobs = choice.message.content, _chat_logprobs(choice.logprobs)
+        else:
+            text, logprobs = choice.text, _completion_logprobs(choice.logprobs)
+        choices.append(Choice(text, choice.finish_reason, logprobs))
+    return _answer(choices, answer.usage)
 
-    def __init__(self, address: str, model: str, stream: bool) -> None:
-        self.client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+def _answer(choices: list[Choice], usage: Any) -> Answer:
+    return Answer(choices, usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens_details.cached_tokens)
+
+
+class OpenAI:
+    """The openai package."""
+
+    http = True
+
+    def __init__(self, router: Router, model: str, stream: bool = False) -> None:
+        url = f"http://{router.addresses['http']}/v1"
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
         self.model = model
         self.stream = stream
-        self.name = "openai, streamed" if stream else "openai"
 
     def models(self) -> list[str]:
         return [model.id for model in self.client.models.list()]
 
     def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer:
-        asked = self._asked(fields)
-        try:
-            answer = self.client.completions.create(prompt=prompt, **asked)
-            if not self.stream:
-                choices = [
-                    Choice(c.text, c.finish_reason, _completion_logprobs(c.logprobs))
-                    for c in sorted(answer.choices, key=lambda c: c.index)
-                ]
-                return self._answer(choices, answer.usage)
-            return self._streamed(answer, lambda c: c.text, _completion_logprobs)
-        except openai.APIStatusError as error:
-            raise Refusal(error.status_code, error.param, error.code) from error
+        return self._ask(partial(self.client.completions.create, prompt=prompt), fields)
 
     def chat(self, messages: list[dict[str, Any]], **fields: Any) -> Answer:
-        asked = self._asked(fields)
+        return self._ask(partial(self.client.chat.completions.create, messages=messages), fields)
+
+    def _ask(self, create: Callable[..., Any], fields: dict[str, Any]) -> Answer:
+        asked = {name: value for name, value in fields.items() if name in KNOWN}
+        extra = {name: value for name, value in fields.items() if name not in KNOWN}
+        if self.stream:
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
         try:
-            answer = self.client.chat.completions.create(messages=messages, **asked)
-            if not self.stream:
-                choices = [
-                    Choice(c.message.content, c.finish_reason, _chat_logprobs(c.logprobs))
-                    for c in sorted(answer.choices, key=lambda c: c.index)
-                ]
-                return self._answer(choices, answer.usage)
-            return self._streamed(answer, lambda c: c.delta.content or "", _chat_logprobs)
+            answer = create(model=self.model, **asked, extra_body=extra)
+            return self._streamed(answer) if self.stream else _whole(answer)
         except openai.APIStatusError as error:
             raise Refusal(error.status_code, error.param, error.code) from error
 
-    def _asked(self, fields: dict[str, Any]) -> dict[str, Any]:
-        known = {name: value for name, value in fields.items() if name in KNOWN}
-        extra = {name: value for name, value in fields.items() if name not in KNOWN}
-        if self.stream:
-            known |= {"stream": True, "stream_options": {"include_usage": True}}
-        return {"model": self.model, **known, "extra_body": extra}
-
-    def _streamed(self, events: Iterable[Any], text_of: Any, logprobs_of: Any) -> Answer:
+    @staticmethod
+    def _streamed(events: Iterable[Any]) -> Answer:
         choices: dict[int, Choice] = {}
         usage = None
         for event in events:
@@ -142,12 +155,100 @@ class OpenAI:
             for part in event.choices:
                 choice = choices.setdefault(part.index, Choice())
                 assert choice.finish is None, "an event of a choice that ended"
-                choice.text += text_of(part)
+                if hasattr(part, "delta"):
+                    choice.text += part.delta.content or ""
+                    choice.logprobs += _chat_logprobs(part.logprobs)
+                else:
+                    choice.text += part.text
+                    choice.logprobs += _completion_logprobs(part.logprobs)
                 choice.finish = part.finish_reason
-                choice.logprobs += logprobs_of(part.logprobs)
-        return self._answer([choices[index] for index in sorted(choices)], usage)
+        return _answer([choices[index] for index in sorted(choices)], usage)
 
-    @staticmethod
-    def _answer(choices: list[Choice], usage: Any) -> Answer:
-        cached = usage.prompt_tokens_details.cached_tokens
-        return Answer(choices, usage.prompt_tokens, usage.completion_tokens, cached)
+
+class Curl:
+    """curl lines, as in the README."""
+
+    http = True
+
+    def __init__(self, router: Router, model: str) -> None:
+        if not shutil.which("curl"):
+            pytest.skip("no curl")
+        self.url = f"http://{router.addresses['http']}/v1"
+        self.model = model
+
+    def models(self) -> list[str]:
+        return [model.id for model in self._curl("models").data]
+
+    def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer:
+        return _whole(self._curl("completions", {"model": self.model, "prompt": prompt, **fields}))
+
+    def chat(self, messages: list[dict[str, Any]], **fields: Any) -> Answer:
+        return _whole(self._curl("chat/completions", {"model": self.model, "messages": messages, **fields}))
+
+    def _curl(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        line = ["curl", "-sS", "-w", "\n%{http_code}", f"{self.url}/{path}"]
+        if body is not None:
+            line += ["-H", "content-type: application/json", "-d", json.dumps(body)]
+        out = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60).stdout
+        text, status = out.rsplit("\n", 1)
+        answer = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
+        if status != "200":
+            raise Refusal(int(status), answer.error.param, answer.error.code)
+        return answer
+
+
+class Sdk:
+    """Our own client over gRPC, blocking or of asyncio."""
+
+    http = False
+
+    def __init__(self, router: Router, model: str, asynchronous: bool = False) -> None:
+        scls_router = pytest.importorskip("scls_router")
+        if not hasattr(scls_router, "Client"):
+            pytest.skip("this build of the package has no client")
+        self.module = scls_router
+        self.asynchronous = asynchronous
+        self.target = router.addresses["grpc"]
+        self.model = model
+        self.tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+    def models(self) -> list[str]:
+        raise NotImplementedError("gRPC lists workers, not models")
+
+    def chat(self, messages: list[dict[str, Any]], **fields: Any) -> Answer:
+        raise NotImplementedError("gRPC takes prompts alone")
+
+    def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer:
+        if "logit_bias" in fields:
+            fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
+        try:
+            if self.asynchronous:
+                done = asyncio.run(self._generate(prompt, fields))
+            else:
+                with self.module.Client(self.target) as client:
+                    done = client.generate(prompt, model=self.model, **fields)
+        except self.module.errors.InvalidRequest as error:
+            raise Refusal(400, error.field, error.reason) from error
+        choices = [Choice(c.text, c.finish_reason, self._logprobs(c)) for c in done.choices]
+        usage = done.usage
+        return Answer(choices, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+
+    async def _generate(self, prompt: Any, fields: dict[str, Any]) -> Any:
+        async with self.module.AsyncClient(self.target) as client:
+            return await client.generate(prompt, model=self.model, **fields)
+
+    def _logprobs(self, choice: Any) -> list[Logprob]:
+        def token(number: int) -> str:
+            return self.tokenizer.decode([number], skip_special_tokens=False)
+
+        told = zip(choice.ids, choice.logprobs or (), strict=False)
+        return [Logprob(token(i), t.chosen, [(token(k), p) for k, p in t.top]) for i, t in told]
+
+
+DOORS: dict[str, Callable[[Router, str], Door]] = {
+    "openai": OpenAI,
+    "openai-stream": partial(OpenAI, stream=True),
+    "curl": Curl,
+    "client": Sdk,
+    "async-client": partial(Sdk, asynchronous=True),
+}

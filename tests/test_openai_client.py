@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import openai
 import pytest
-from doors import Answer, Door, OpenAI, Refusal
+from doors import DOORS, Answer, Door, OpenAI, Refusal
 from harness import MODEL, Router, RustMock, Worker
 from tokenizers import Tokenizer
 
@@ -44,9 +45,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         router.wait_drained()
 
 
-@pytest.fixture(params=["whole", "streamed"])
+@pytest.fixture(params=DOORS)
 def door(server: Server, request: pytest.FixtureRequest) -> Door:
-    return OpenAI(server.router.addresses["http"], "tiny", stream=request.param == "streamed")
+    return DOORS[request.param](server.router, "tiny")
 
 
 # ---------------------------------------------------------------- the table
@@ -57,11 +58,11 @@ def lists_the_model(door: Door, server: Server) -> None:
 
 
 def ends_at_the_limit(door: Door, server: Server) -> None:
-    for answer in [
-        door.complete(PROMPT, max_tokens=17, **GREEDY),
-        door.chat(CHAT, max_tokens=17, **GREEDY),
-        door.chat(CHAT, max_completion_tokens=17, max_tokens=99, **GREEDY),
-    ]:
+    answers = [door.complete(PROMPT, max_tokens=17, **GREEDY)]
+    if door.http:
+        answers.append(door.chat(CHAT, max_tokens=17, **GREEDY))
+        answers.append(door.chat(CHAT, max_completion_tokens=17, max_tokens=99, **GREEDY))
+    for answer in answers:
         assert (answer.finish, answer.completion_tokens, len(answer.choices)) == ("length", 17, 1)
         assert answer.prompt_tokens > 3 and answer.text
 
@@ -92,8 +93,9 @@ def gives_n_choices_counted_once(door: Door, server: Server) -> None:
     assert [choice.text for choice in three.choices] == alone
     if server.is_real:
         assert len(set(alone)) == 3
-    chat = door.chat(CHAT, n=3, **asked)
-    assert len(chat.choices) == 3 and all(choice.text for choice in chat.choices)
+    if door.http:
+        chat = door.chat(CHAT, n=3, **asked)
+        assert len(chat.choices) == 3 and all(choice.text for choice in chat.choices)
 
 
 def completes_every_prompt(door: Door, server: Server) -> None:
@@ -108,9 +110,9 @@ def completes_every_prompt(door: Door, server: Server) -> None:
 
 def gives_the_same_for_the_same_seed(door: Door, server: Server) -> None:
     asked: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 7, "top_k": 40, "min_p": 0.01}
-    first, second = (door.chat(CHAT, **asked) for _ in range(2))
+    first, second = (door.complete(PROMPT, **asked) for _ in range(2))
     assert (first.text, first.finish) == (second.text, second.finish)
-    other = door.chat(CHAT, **{**asked, "seed": 8})
+    other = door.complete(PROMPT, **{**asked, "seed": 8})
     assert (other.text != first.text) == server.is_real, "the mock draws without one"
 
 
@@ -118,9 +120,12 @@ def takes_every_sampling_field(door: Door, server: Server) -> None:
     asked: dict[str, Any] = {
         "max_tokens": 8, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"100": -100, "101": 2.5}, "seed": -1,
-        "min_tokens": 2, "stop_token_ids": [9], "user": "me",
+        "min_tokens": 2, "stop_token_ids": [9],
     }  # fmt: skip
-    for answer in [door.complete(PROMPT, **asked), door.chat(CHAT, metadata={"a": "b"}, **asked)]:
+    answers = [door.complete(PROMPT, **asked)]
+    if door.http:
+        answers.append(door.chat(CHAT, user="me", metadata={"a": "b"}, **asked))
+    for answer in answers:
         assert 2 <= answer.completion_tokens <= 8
 
 
@@ -140,29 +145,29 @@ def stops_before_the_string(door: Door, server: Server) -> None:
     assert (answer.text, answer.finish) == (free, "length")
 
 
-def logprobs_are_those_of_the_text(door: Door, server: Server) -> None:
+def chat_logprobs_are_the_bytes_of_the_text(door: Door, server: Server) -> None:
     chat = door.chat(CHAT, max_tokens=30, logprobs=True, top_logprobs=4, **GREEDY)
     tokens = chat.choices[0].logprobs
-    assert len(tokens) == 30
     said = b"".join(token.data or b"" for token in tokens if token.token not in SPECIAL)
     assert said.decode("utf-8", "replace") == chat.text
+    assert [len(token.top) for token in tokens] == [4] * 30
+    plain = door.chat(CHAT, max_tokens=3, logprobs=True, **GREEDY).choices[0].logprobs
+    assert [len(token.top) for token in plain] == [0, 0, 0]
+
+
+def logprobs_come_with_their_tokens(door: Door, server: Server) -> None:
+    completion = door.complete(PROMPT, max_tokens=30, logprobs=4, **GREEDY)
+    tokens = completion.choices[0].logprobs
+    assert len(tokens) == 30 and all(len(token.top) == 4 for token in tokens)
     for token in tokens:
-        assert len(token.top) == 4 and token.top == sorted(token.top, key=lambda rival: -rival[1])
+        assert token.top == sorted(token.top, key=lambda rival: -rival[1])
         assert token.top[0] == (token.token, token.logprob), "the greedy token is the likeliest"
         if not server.is_real:
             assert [p for _, p in token.top] == pytest.approx([-(r + 1) * math.log(2) for r in range(4)])
-    completion = door.complete(PROMPT, max_tokens=30, logprobs=4, **GREEDY)
-    tokens = completion.choices[0].logprobs
-    assert len(tokens) == 30 and all(4 <= len(token.top) <= 5 for token in tokens)
-    for token in tokens:
-        assert token.offset is not None
         # Where bytes before it turned out to be no text, what stands for them comes with the token.
-        if token.token not in SPECIAL and "bytes:" not in token.token and completion.text[token.offset] != "\ufffd":
-            assert completion.text.startswith(token.token, token.offset), (token, completion.text)
-    plain = door.chat(CHAT, max_tokens=3, logprobs=True, **GREEDY).choices[0].logprobs
-    assert [len(token.top) for token in plain] == [0, 0, 0]
-    plain = door.complete(PROMPT, max_tokens=3, logprobs=0, **GREEDY).choices[0].logprobs
-    assert [len(token.top) for token in plain] == [1, 1, 1]
+        at = token.offset
+        if at is not None and token.token not in SPECIAL and "bytes:" not in token.token:
+            assert completion.text[at] == "\ufffd" or completion.text.startswith(token.token, at), token
 
 
 def logprobs_end_where_the_text_does(door: Door, server: Server) -> None:
@@ -170,10 +175,11 @@ def logprobs_end_where_the_text_does(door: Door, server: Server) -> None:
     stop = free.text[len(free.text) // 2 :][:5]
     cut = door.complete(PROMPT, max_tokens=40, logprobs=0, stop=stop, **GREEDY).choices[0]
     assert cut.text == free.text[: free.text.index(stop)]
-    assert cut.logprobs == free.logprobs[: len(cut.logprobs)]
-    assert all(token.offset is not None and token.offset < len(cut.text) for token in cut.logprobs[-1:])
-    following = free.logprobs[len(cut.logprobs)]
-    assert following.offset is not None and following.offset >= len(cut.text)
+    assert 0 < len(cut.logprobs) < 40 and cut.logprobs == free.logprobs[: len(cut.logprobs)]
+    if door.http:
+        last, following = free.logprobs[len(cut.logprobs) - 1 :][:2]
+        assert last.offset is not None and last.offset < len(cut.text)
+        assert following.offset is not None and following.offset >= len(cut.text)
 
 
 def tools_are_in_the_prompt(door: Door, server: Server) -> None:
@@ -189,75 +195,90 @@ def tools_are_in_the_prompt(door: Door, server: Server) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
-    ("both", {"temperature": 2.5}, 400, "temperature", None),
-    ("both", {"top_p": 0}, 400, "top_p", None),
-    ("both", {"top_p": 1.5}, 400, "top_p", None),
-    ("both", {"top_k": -2}, 400, "top_k", None),
-    ("both", {"min_p": 2}, 400, "min_p", None),
-    ("both", {"repetition_penalty": 0}, 400, "repetition_penalty", None),
-    ("both", {"presence_penalty": 3}, 400, "presence_penalty", None),
-    ("both", {"frequency_penalty": -3}, 400, "frequency_penalty", None),
-    ("both", {"logit_bias": {"100": 101}}, 400, "logit_bias", None),
-    ("both", {"logit_bias": {str(VOCAB): 1}}, 400, "logit_bias", None),
-    ("both", {"n": 0}, 400, "n", None),
-    ("both", {"n": 129}, 400, "n", None),
-    ("both", {"max_tokens": 5, "min_tokens": 6}, 400, "min_tokens", None),
-    ("both", {"max_tokens": 10**6}, 400, "max_tokens", "context_length_exceeded"),
-    ("both", {"stop": ["a"] * 17}, 400, "stop", None),
-    ("both", {"stop_token_ids": [VOCAB]}, 400, "stop_token_ids", None),
-    ("both", {"guided_json": {}}, 400, "guided_json", "unsupported_parameter"),
-    ("both", {"prompt_logprobs": 1}, 400, "prompt_logprobs", "unsupported_parameter"),
-    ("both", {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
-    ("complete", {"logprobs": 21}, 400, "logprobs", None),
-    ("complete", {"best_of": 2}, 400, "best_of", "unsupported_parameter"),
-    ("complete", {"echo": True}, 400, "echo", "unsupported_parameter"),
-    ("complete", {"suffix": "x"}, 400, "suffix", "unsupported_parameter"),
-    ("chat", {"top_logprobs": 2}, 400, "top_logprobs", None),
-    ("chat", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
-    ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, 400,
+    ("http", {"temperature": 2.5}, 400, "temperature", None),
+    ("all", {"top_p": 0}, 400, "top_p", None),
+    ("all", {"top_p": 1.5}, 400, "top_p", None),
+    ("http", {"top_k": -2}, 400, "top_k", None),
+    ("all", {"min_p": 2}, 400, "min_p", None),
+    ("all", {"repetition_penalty": 0}, 400, "repetition_penalty", None),
+    ("http", {"presence_penalty": 3}, 400, "presence_penalty", None),
+    ("http", {"frequency_penalty": -3}, 400, "frequency_penalty", None),
+    ("http", {"logit_bias": {"100": 101}}, 400, "logit_bias", None),
+    ("all", {"logit_bias": {str(VOCAB): 1}}, 400, "logit_bias", None),
+    ("http", {"n": 0}, 400, "n", None),
+    ("all", {"n": 129}, 400, "n", None),
+    ("all", {"max_tokens": 5, "min_tokens": 6}, 400, "min_tokens", None),
+    ("all", {"max_tokens": 10**6}, 400, "max_tokens", "context_length_exceeded"),
+    ("all", {"stop": ["a"] * 17}, 400, "stop", None),
+    ("all", {"stop_token_ids": [VOCAB]}, 400, "stop_token_ids", None),
+    ("http", {"guided_json": {}}, 400, "guided_json", "unsupported_parameter"),
+    ("http", {"prompt_logprobs": 1}, 400, "prompt_logprobs", "unsupported_parameter"),
+    ("http chat", {"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
+    ("all complete", {"logprobs": 21}, 400, "logprobs", None),
+    ("http complete", {"best_of": 2}, 400, "best_of", "unsupported_parameter"),
+    ("http complete", {"echo": True}, 400, "echo", "unsupported_parameter"),
+    ("http complete", {"suffix": "x"}, 400, "suffix", "unsupported_parameter"),
+    ("http chat", {"top_logprobs": 2}, 400, "top_logprobs", None),
+    ("http chat", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None),
+    ("http chat", {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, 400,
      "tool_choice", "unsupported_parameter"),
 ]  # fmt: skip
 
 
 def refuses_by_name(door: Door, server: Server) -> None:
     for which, fields, status, param, code in REFUSED:
-        doors: list[Callable[[], Answer]] = []
-        if which != "chat" and "response_format" not in fields:
-            doors.append(lambda fields=fields: door.complete(PROMPT, **fields))  # type: ignore[misc]
-        if which != "complete":
-            doors.append(lambda fields=fields: door.chat(CHAT, **fields))  # type: ignore[misc]
-        for ask in doors:
+        if which.startswith("http") and not door.http:
+            continue
+        asks: list[Callable[[], Answer]] = []
+        if "chat" not in which:
+            asks.append(partial(door.complete, PROMPT, **fields))
+        if "complete" not in which and door.http:
+            asks.append(partial(door.chat, CHAT, **fields))
+        for ask in asks:
             with pytest.raises(Refusal) as refusal:
                 ask()
-            got = (refusal.value.status, refusal.value.param, refusal.value.code)
-            assert got == (status, param, code), fields
+            got = refusal.value
+            assert got.status == status, fields
+            if door.http:
+                assert (got.param, got.code) == (param, code), fields
 
 
-CASES = [
-    lists_the_model,
+# What every door opens, and what OpenAI's HTTP has beside.
+EVERYWHERE = [
     ends_at_the_limit,
     ids_and_text_are_one_prompt,
     finds_what_was_asked_before,
     gives_n_choices_counted_once,
-    completes_every_prompt,
     gives_the_same_for_the_same_seed,
     takes_every_sampling_field,
     stops_before_the_string,
-    logprobs_are_those_of_the_text,
+    logprobs_come_with_their_tokens,
     logprobs_end_where_the_text_does,
-    tools_are_in_the_prompt,
     refuses_by_name,
+]
+OVER_HTTP = [
+    lists_the_model,
+    completes_every_prompt,
+    chat_logprobs_are_the_bytes_of_the_text,
+    tools_are_in_the_prompt,
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_case(case: Callable[[Door, Server], None], door: Door, server: Server) -> None:
+@pytest.mark.parametrize("case", EVERYWHERE, ids=lambda case: case.__name__)
+def test_everywhere(case: Callable[[Door, Server], None], door: Door, server: Server) -> None:
+    case(door, server)
+
+
+@pytest.mark.parametrize("door", [name for name in DOORS if "client" not in name], indirect=True)
+@pytest.mark.parametrize("case", OVER_HTTP, ids=lambda case: case.__name__)
+def test_over_http(case: Callable[[Door, Server], None], door: Door, server: Server) -> None:
     case(door, server)
 
 
 # ---------------------------------------------------------------- against transformers
 
 
+@pytest.mark.parametrize("door", ["openai", "openai-stream"], indirect=True)
 @pytest.mark.parametrize("server", ["real"], indirect=True)
 def test_logprobs_are_transformers(server: Server, door: Door) -> None:
     import torch
@@ -285,7 +306,7 @@ def test_logprobs_are_transformers(server: Server, door: Door) -> None:
 
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
-    return OpenAI(server.router.addresses["http"], "tiny", stream=False).client
+    return OpenAI(server.router, "tiny").client
 
 
 def test_models_are_retrieved(client: openai.OpenAI) -> None:
@@ -336,7 +357,7 @@ def test_chunks_come_as_openai_sends_them(client: openai.OpenAI) -> None:
 def test_overload_and_absence_are_told_apart() -> None:
     with RustMock("--vocab", str(VOCAB), "--served-name", "tiny", "--step-us", "20000") as worker:
         with Router([worker.url], "--max-concurrent-requests", "2") as router:
-            client = OpenAI(router.addresses["http"], "tiny", stream=False).client
+            client = OpenAI(router, "tiny").client
             asked: dict[str, Any] = {"model": "tiny", "prompt": [5], "max_tokens": 400}
             stream = client.completions.create(**asked, n=2, stream=True, extra_body={"return_token_ids": True})
             next(iter(stream))
