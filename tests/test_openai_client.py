@@ -138,8 +138,13 @@ def stops_before_the_string(door: Door, server: Server) -> None:
         assert answer.text == free[: free.index(stop)]
         assert answer.finish == "stop" and answer.completion_tokens <= 40
     # The others go on when one of them has stopped.
-    answer = door.complete(PROMPT, max_tokens=40, n=3, seed=3, stop=stop, temperature=0, ignore_eos=True)
-    assert [choice.text for choice in answer.choices] == [free[: free.index(stop)]] * 3
+    asked: dict[str, Any] = {"max_tokens": 40, "n": 3, "seed": 3, "temperature": 1.0, "ignore_eos": True}
+    texts = [choice.text for choice in door.complete(PROMPT, **asked).choices]
+    stop = texts[1][len(texts[1]) // 2 :][:4]
+    answer = door.complete(PROMPT, stop=stop, **asked)
+    assert [choice.text for choice in answer.choices] == [text.split(stop)[0] for text in texts]
+    ends = ["stop" if stop in text else "length" for text in texts]
+    assert [choice.finish for choice in answer.choices] == ends and ends[1] == "stop"
     # Not before the tokens that it is to have.
     answer = door.complete(PROMPT, max_tokens=40, stop=free[:2], min_tokens=40, **GREEDY)
     assert (answer.text, answer.finish) == (free, "length")

@@ -115,6 +115,35 @@ async fn choices_come_interleaved_and_end_one_by_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn choices_and_their_logprobs_survive_a_worker() {
+    let mut first = Worker::start("--step-us 1000").await;
+    let second = Worker::start("--step-us 1000").await;
+    let router = Router::over(&[&first, &second], config()).await;
+    let body = json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 400, "n": 6, "logprobs": 0,
+                      "return_token_ids": true, "stream": true});
+    let asked = router.post("/v1/completions", &body);
+    let leaving = async {
+        router.until(|all| all.iter().all(|worker| worker.running_rows > 0)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        first.stop.take().unwrap().send(()).unwrap();
+    };
+    let (stream, ()) = tokio::join!(asked, leaving);
+    let (mut ids, mut logprobs, mut offsets) = (vec![Vec::<u32>::new(); 6], [0; 6], vec![Vec::<u64>::new(); 6]);
+    for choice in stream.events().iter().filter_map(|event| event["choices"].get(0)) {
+        let index = usize::try_from(choice["index"].as_u64().unwrap()).unwrap();
+        ids[index].extend(serde_json::from_value::<Vec<u32>>(choice["token_ids"].clone()).unwrap());
+        if choice["logprobs"].is_object() {
+            logprobs[index] += choice["logprobs"]["token_logprobs"].as_array().unwrap().len();
+            offsets[index]
+                .extend(serde_json::from_value::<Vec<u64>>(choice["logprobs"]["text_offset"].clone()).unwrap());
+        }
+    }
+    assert_eq!(ids, vec![drawn(&[5, 6], 400); 6], "{}", stream.body.len());
+    assert_eq!(logprobs, [400; 6]);
+    assert!(offsets.iter().all(|offsets| offsets.is_sorted()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_list_of_prompts_is_answered_prompt_by_prompt_or_not_at_all() {
     let worker = Worker::start("").await;
     let router = Router::over(&[&worker], config()).await;
