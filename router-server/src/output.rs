@@ -139,12 +139,12 @@ mod tests {
         Output::new(Some(Detokenizer::new(Arc::clone(tokenizer))), StopMatcher::new(stop.to_vec()), min_tokens)
     }
 
-    /// All that is given out, and after each token how much.
-    fn run(output: &mut Output, ids: &[u32]) -> (Given, Vec<usize>) {
+    /// All that is given out, and after each token how many bytes and tokens.
+    fn run(output: &mut Output, ids: &[u32]) -> (Given, Vec<(usize, usize)>) {
         let (mut all, mut steps) = (Given::default(), Vec::new());
         for id in ids {
             output.push(*id, Some(TokenLogprobs { chosen: -1.0, top: vec![(*id, -1.0)] }), &mut all);
-            steps.push(all.text.len());
+            steps.push((all.text.len(), all.tokens.len()));
             if output.is_stopped() {
                 break;
             }
@@ -230,12 +230,15 @@ mod tests {
             // Byte by byte: the tokens are exactly the bytes of the text.
             prop_assert_eq!(ids(&given), &all[..whole.len()]);
             // What is held back may still become a stop string, or is a part of a character.
-            for (at, given) in steps.iter().enumerate().take(whole.len()) {
+            for (at, (given, tokens)) in steps.iter().enumerate().take(whole.len()) {
+                prop_assert_eq!(given, tokens, "a byte each");
                 let decoded = text.char_indices().map(|(at, _)| at).chain([text.len()]).rfind(|end| *end <= at + 1);
                 let held = &text[*given..decoded.unwrap_or(0)];
                 prop_assert!(held.is_empty() || stops.iter().any(|stop| stop.starts_with(held)), "{:?} held", held);
             }
-            for token in &given.tokens {
+            for (at, token) in given.tokens.iter().enumerate() {
+                let before = text.char_indices().map(|(at, c)| at + c.len_utf8()).filter(|end| *end <= at).count();
+                prop_assert_eq!(token.offset, before);
                 prop_assert_eq!(token.logprobs.as_ref().map(|logprobs| logprobs.top[0].0), Some(token.id));
             }
         }
