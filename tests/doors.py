@@ -1,22 +1,28 @@
 """One shape for what every client gets, so that one table of cases holds for all of them.
 
-A door asks as its client does (the openai package, curl, our own clients) and answers in these types.
+A door asks as its client does (the openai package, curl, grpcurl, our own clients) and answers in these types.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import shutil
 import subprocess
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import grpc
 import openai
 import pytest
+from google.protobuf import json_format, message_factory
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from harness import MODEL, Router
 from tokenizers import Tokenizer
 
@@ -245,10 +251,72 @@ class Sdk:
         return [Logprob(token(i), t.chosen, [(token(k), p) for k, p in t.top]) for i, t in told]
 
 
+class Reflected:
+    """What grpcurl does: asks the router for its schema, makes a request of JSON, and knows nothing else of it."""
+
+    http = False
+    LIMITS = frozenset({"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids"})
+
+    def __init__(self, router: Router, model: str) -> None:
+        self.channel = grpc.insecure_channel(router.addresses["grpc"])
+        pool = DescriptorPool(ProtoReflectionDescriptorDatabase(self.channel))
+        method = pool.FindServiceByName("scls.v1.Router").FindMethodByName("Generate")
+        self.request, answer = (message_factory.GetMessageClass(t) for t in (method.input_type, method.output_type))
+        self.generate = self.channel.unary_stream(
+            "/scls.v1.Router/Generate", self.request.SerializeToString, answer.FromString
+        )
+        self.model = model
+        self.tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+    def models(self) -> list[str]:
+        raise NotImplementedError("gRPC lists workers, not models")
+
+    def chat(self, messages: list[dict[str, Any]], **fields: Any) -> Answer:
+        raise NotImplementedError("gRPC takes prompts alone")
+
+    def complete(self, prompt: str | list[int] | list[str], **fields: Any) -> Answer:
+        packed = None if isinstance(prompt, str) else base64.b64encode(array("I", prompt).tobytes()).decode()
+        stop = fields.pop("stop", [])
+        asked = {
+            "model": self.model,
+            "prompt": {"ids": {"leU32": packed}} if packed else {"text": prompt},
+            "n": fields.pop("n", 1),
+            "stop": [stop] if isinstance(stop, str) else stop,
+            "limits": {"max_tokens": 16, **{k: fields.pop(k) for k in self.LIMITS & fields.keys()}},
+            "sampling": {"temperature": 1.0, **fields, "seed": fields.get("seed", 0) % 2**64},
+        }
+        request = json_format.ParseDict(asked, self.request())
+        choices = [Choice() for _ in range(asked["n"])]
+        usage = None
+        try:
+            for piece in self.generate(request, timeout=60):
+                assert usage is None, "a message after the usage"
+                choice = choices[piece.choice]
+                assert choice.finish is None, "a message of a choice that ended"
+                choice.text += piece.text
+                choice.finish = {0: None, 1: "stop", 2: "length"}[piece.finish]
+                choice.logprobs += [
+                    Logprob(
+                        self._token(i), t.chosen, [(self._token(k), p) for k, p in zip(t.top_ids, t.top, strict=True)]
+                    )
+                    for i, t in zip(piece.ids, piece.logprobs, strict=bool(piece.logprobs))
+                ]
+                usage = piece.usage if piece.HasField("usage") else None
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, error
+            raise Refusal(400, None, None) from error
+        assert usage is not None
+        return Answer(choices, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+
+    def _token(self, number: int) -> str:
+        return self.tokenizer.decode([number], skip_special_tokens=False)
+
+
 DOORS: dict[str, Callable[[Router, str], Door]] = {
     "openai": OpenAI,
     "openai-stream": partial(OpenAI, stream=True),
     "curl": Curl,
+    "reflection": Reflected,
     "client": Sdk,
     "async-client": partial(Sdk, asynchronous=True),
 }
