@@ -359,6 +359,22 @@ def test_chunks_come_as_openai_sends_them(client: openai.OpenAI) -> None:
         assert parts[-1].delta.content is None
 
 
+def test_a_chunk_has_the_logprobs_of_its_text(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"max_tokens": 60, "temperature": 0, "logprobs": True, "stop": ["never there", "e e"]}
+    chunks = client.chat.completions.create(
+        model="tiny", messages=CHAT, stream=True, **asked, extra_body={"ignore_eos": True}
+    )
+    texts, tokens = "", b""
+    for chunk in chunks:
+        choice = chunk.choices[0]
+        texts += choice.delta.content or ""
+        for token in (choice.logprobs.content if choice.logprobs else None) or []:
+            tokens += bytes(token.bytes or []) if token.token not in SPECIAL else b""
+        # The tokens are at least those of the text so far: only the last of them may be cut where a stop may begin.
+        so_far = tokens.decode("utf-8", "replace")
+        assert so_far.startswith(texts) and len(so_far) - len(texts) < len("never there"), (texts, so_far)
+
+
 def test_overload_and_absence_are_told_apart() -> None:
     with RustMock("--vocab", str(VOCAB), "--served-name", "tiny", "--step-us", "20000") as worker:
         with Router([worker.url], "--max-concurrent-requests", "2") as router:
