@@ -87,7 +87,7 @@ def test_list_workers(channel: grpc.Channel) -> None:
     [
         (pb.GenerateRequest(model="none", prompt=pb.Prompt(text="a")), grpc.StatusCode.NOT_FOUND),
         (pb.GenerateRequest(model="tiny"), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), n=3), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), n=129), grpc.StatusCode.INVALID_ARGUMENT),
         (
             pb.GenerateRequest(model="tiny", prompt=pb.Prompt(ids=common.TokenIds(le_u32=b"abc"))),
             grpc.StatusCode.INVALID_ARGUMENT,
@@ -99,7 +99,7 @@ def test_list_workers(channel: grpc.Channel) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
         ),
         (
-            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), sampling=common.Sampling(top_k=3)),
+            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), sampling=common.Sampling(top_p=1.5)),
             grpc.StatusCode.INVALID_ARGUMENT,
         ),
         (

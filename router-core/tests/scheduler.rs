@@ -55,9 +55,9 @@ impl Pool {
         self.event(Event::RequestArrived(NewRequest { id, prompt, root, choices: 1, max_tokens: Tokens(10) }))
     }
 
-    /// With logprobs that tell the ids.
+    /// Each with a logprob that tells its id.
     fn draws(&mut self, key: RowKey, first_index: u32, ids: &[u32]) -> Vec<Action> {
-        let logprobs = ids.iter().map(|id| TokenLogprobs { chosen: -(*id as f32), top: Vec::new() }).collect();
+        let logprobs = ids.iter().map(|id| TokenLogprobs { chosen: -1.0, top: vec![(*id, -1.0)] }).collect();
         let rows = vec![RowTokens { key, first_index, ids: ids.to_vec(), logprobs, finish: None, cached: None }];
         self.says(WorkerMessage::Steps { batch: PlanNo(1), rows })
     }
@@ -162,7 +162,7 @@ fn what_arrives_twice_or_late_changes_nothing() {
     ));
     let again = pool.draws(key(1, 0), 0, &[5, 6, 7]);
     assert!(has(&again, |a| matches!(a, Action::Tokens { first_index: 2, ids, logprobs, .. }
-        if ids == &[7] && logprobs.len() == 1 && logprobs[0].chosen == -7.0)));
+        if ids == &[7] && logprobs.len() == 1 && logprobs[0].top[0].0 == 7)));
     assert!(pool.draws(key(1, 7), 3, &[8]).is_empty(), "of another attempt");
     assert!(pool.draws(key(9, 0), 0, &[8]).is_empty(), "of nobody");
     let old = WorkerMessage::KvDelta { removed: vec![], stored: vec![BlockHash(1)] };

@@ -69,7 +69,7 @@ fn scls(end: &End) -> Value {
 
 /// A logprob as JSON can say it.
 fn finite(logprob: f32) -> f32 {
-    logprob.max(LEAST_LOGPROB).min(0.0)
+    if logprob.is_nan() { LEAST_LOGPROB } else { logprob.clamp(LEAST_LOGPROB, 0.0) }
 }
 
 /// `content` of a chat: the token, its bytes, and the likeliest beside it.

@@ -1,6 +1,6 @@
 //! The two endpoints that generate: `/v1/completions` and `/v1/chat/completions`, whole or as server-sent events.
 //!
-//! Reads a body, starts a [`Generation`] and writes what it gives. What a field means is `request.rs`.
+//! Reads a body, starts a [`Batch`] of generations and writes what it gives. What a field means is `request.rs`.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -17,9 +17,10 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::answer::{Answer, Kind};
+use crate::batch::Batch;
 use crate::body::read;
 use crate::error::Error;
-use crate::generation::{Finish, Generation, Job, Piece};
+use crate::generation::{Finish, Job, Piece};
 use crate::http::App;
 use crate::meter::Meter;
 use crate::output::Given;
@@ -38,21 +39,25 @@ const COMPLETION_TOKENS: u32 = 16;
 pub async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Response {
     let mut meter = Meter::new(Arc::clone(&app.fleet.metrics));
     let started = async {
-        let Completion { model, prompt, params } =
+        let Completion { model, prompts, params } =
             Completion::parse(&body_of(&app, &headers, body, &mut meter).await?)?;
         let pool = app.fleet.pool(&model)?;
         meter.model.clone_from(&model);
-        let prompt = match prompt {
-            Prompt::Text(text) => pool.encode(text).await?,
-            Prompt::Ids(ids) => ids,
-            Prompt::Other(_) | Prompt::Several => return Err(Error::Internal("an unchecked prompt".into())),
-        };
-        let most = params.max_tokens.unwrap_or_else(|| {
-            // The default is ours: it gives way where the client's own wish is an error.
-            let room = pool.most_tokens().0.saturating_sub(prompt.len() as u64).max(1);
-            u32::try_from(room).unwrap_or(u32::MAX).min(COMPLETION_TOKENS)
-        });
-        start(&pool, Kind::Completion, job(model, prompt, &params, most), &params, meter.arrived)
+        let mut jobs = Vec::new();
+        for prompt in prompts {
+            let prompt = match prompt {
+                Prompt::Text(text) => pool.encode(text).await?,
+                Prompt::Ids(ids) => ids,
+                Prompt::Other(_) | Prompt::Several(_) => return Err(Error::Internal("an unchecked prompt".into())),
+            };
+            let most = params.max_tokens.unwrap_or_else(|| {
+                // The default is ours: it gives way where the client's own wish is an error.
+                let room = pool.most_tokens().0.saturating_sub(prompt.len() as u64).max(1);
+                u32::try_from(room).unwrap_or(u32::MAX).min(COMPLETION_TOKENS)
+            });
+            jobs.push(job(model.clone(), prompt, &params, most));
+        }
+        start(&pool, Kind::Completion, jobs, &params, meter.arrived)
     };
     let started = started.await;
     finish(started, meter).await
@@ -68,11 +73,8 @@ pub async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
         meter.model.clone_from(&model);
         let (prompt, turn) = pool.encode_chat(messages, tools, body.len()).await?;
         let most = params.max_tokens.unwrap_or(0);
-        let mut started = start(&pool, Kind::Chat, job(model, prompt, &params, most), &params, meter.arrived)?;
-        if let Some(turn) = turn {
-            started.generation.answers(&turn);
-        }
-        Ok(started)
+        let job = Job { turn, ..job(model, prompt, &params, most) };
+        start(&pool, Kind::Chat, vec![job], &params, meter.arrived)
     };
     let started = started.await;
     finish(started, meter).await
@@ -92,6 +94,7 @@ fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
             stop_token_ids: params.stop_token_ids.clone(),
         },
         stop: params.stop.clone(),
+        turn: None,
     }
 }
 
@@ -108,24 +111,27 @@ async fn body_of(app: &App, headers: &HeaderMap, body: Body, meter: &mut Meter) 
 /// A request that runs, and what its answer needs.
 struct Started {
     answer: Answer,
-    generation: Generation,
+    batch: Batch,
     stream: bool,
 }
 
-fn start(pool: &Pool, kind: Kind, job: Job, params: &Params, arrived: Instant) -> Result<Started, Error> {
+fn start(pool: &Pool, kind: Kind, jobs: Vec<Job>, params: &Params, arrived: Instant) -> Result<Started, Error> {
+    let Some(first) = jobs.first() else { return Err(Error::Internal("no prompt".into())) };
     let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
     let answer = Answer {
         kind,
         id: format!("{prefix}-{}", random_id()),
-        model: job.model.clone(),
+        model: first.model.clone(),
         fingerprint: pool.fingerprint(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-        n: job.n,
+        n: u32::try_from(jobs.len()).unwrap_or(u32::MAX).saturating_mul(params.n),
         include_usage: params.include_usage,
-        token_ids: params.return_token_ids.then(|| Arc::clone(&job.prompt)),
-        logprobs: job.sampling.logprobs.map(|_| pool.pieces()),
+        token_ids: params.return_token_ids.then(|| Arc::clone(&first.prompt)),
+        logprobs: params.sampling.logprobs.map(|_| pool.pieces()),
     };
-    let generation = pool.submit(job, arrived).map_err(|error| match error {
+    // Where one of several cannot be taken, those before it are dropped with the list.
+    let generations = jobs.into_iter().map(|job| pool.submit(job, arrived)).collect::<Result<Vec<_>, _>>();
+    let generations = generations.map_err(|error| match error {
         // Named as the client named it.
         Error::ContextLength { message, param: "max_tokens" } => {
             Error::ContextLength { message, param: params.limit_name }
@@ -135,14 +141,14 @@ fn start(pool: &Pool, kind: Kind, job: Job, params: &Params, arrived: Instant) -
         }
         error => error,
     })?;
-    Ok(Started { answer, generation, stream: params.stream })
+    Ok(Started { answer, batch: Batch::new(generations, params.n), stream: params.stream })
 }
 
 async fn finish(started: Result<Started, Error>, mut meter: Meter) -> Response {
     let result = match started {
         Err(error) => Err(error),
-        Ok(started) if started.stream => return stream(started.answer, started.generation, meter).await,
-        Ok(started) => whole(started.answer, started.generation).await,
+        Ok(started) if started.stream => return stream(started.answer, started.batch, meter).await,
+        Ok(started) => whole(started.answer, started.batch).await,
     };
     match result {
         Ok(response) => {
@@ -156,10 +162,10 @@ async fn finish(started: Result<Started, Error>, mut meter: Meter) -> Response {
     }
 }
 
-async fn whole(answer: Answer, mut generation: Generation) -> Result<Response, Error> {
+async fn whole(answer: Answer, mut batch: Batch) -> Result<Response, Error> {
     let mut choices = vec![(Given::default(), Finish::Length); answer.n as usize];
     let end = loop {
-        let piece = generation.next().await?;
+        let piece = batch.next().await?;
         let Some((given, finish)) = choices.get_mut(piece.choice as usize) else {
             return Err(Error::Internal(format!("a choice that nobody asked for: {}", piece.choice)));
         };
@@ -184,16 +190,16 @@ fn name_worker(response: &mut Response, worker: Option<&str>) {
     }
 }
 
-async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) -> Response {
+async fn stream(answer: Answer, mut batch: Batch, mut meter: Meter) -> Response {
     // The first piece decides the status: until then an error is a plain answer.
-    let first = match generation.next().await {
+    let first = match batch.next().await {
         Ok(piece) => piece,
         Err(error) => {
             meter.ended(error.status());
             return error.into_response();
         }
     };
-    let worker = generation.worker().cloned();
+    let worker = batch.worker().cloned();
     let events = async_stream::stream! {
         for opening in answer.openings() {
             yield event(&opening);
@@ -218,7 +224,7 @@ async fn stream(answer: Answer, mut generation: Generation, mut meter: Meter) ->
                     break;
                 }
             }
-            next = generation.next().await;
+            next = batch.next().await;
         }
     };
     let headers = [

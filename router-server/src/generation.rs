@@ -17,10 +17,11 @@ use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::output::{Given, Output, Token};
 use crate::proto;
+use crate::stop::StopMatcher;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
 /// A validated request in ids.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Job {
     /// The name it was asked for by.
     pub model: String,
@@ -34,6 +35,8 @@ pub struct Job {
     pub limits: proto::Limits,
     /// Stop strings.
     pub stop: Vec<String>,
+    /// The conversation that is to know the ids of the answers.
+    pub turn: Option<Turn>,
 }
 
 /// What came next.
@@ -152,12 +155,14 @@ pub struct Start {
 impl Generation {
     /// Begins to listen.
     pub fn new(start: Start, job: &Job) -> Self {
+        let stops = StopMatcher::new(job.stop.clone());
+        let detokenizer = || start.tokenizer.clone().map(Detokenizer::new);
         let choice = |_| Choice {
-            output: Output::new(start.tokenizer.clone().map(Detokenizer::new), job.stop.clone(), job.limits.min_tokens),
+            output: Output::new(detokenizer(), stops.clone(), job.limits.min_tokens),
             given: 0,
             last_token: None,
             ended: false,
-            turn: None,
+            turn: job.turn.clone(),
         };
         let choices: Vec<Choice> = (0..job.n).map(choice).collect();
         Self {
@@ -172,13 +177,6 @@ impl Generation {
             worker: None,
             end: End { cached_tokens: u64::MAX, ..End::default() },
             metrics: start.metrics,
-        }
-    }
-
-    /// The answers belong to a conversation that is to know their ids.
-    pub fn answers(&mut self, turn: &Turn) {
-        for choice in &mut self.choices {
-            choice.turn = Some(turn.clone());
         }
     }
 

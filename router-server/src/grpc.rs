@@ -51,6 +51,7 @@ impl Service {
             sampling,
             limits,
             stop: request.stop,
+            turn: None,
         };
         pool.submit(job, meter.arrived)
     }

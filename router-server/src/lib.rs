@@ -12,6 +12,7 @@ use std::process::ExitCode;
 pub mod accept;
 pub mod answer;
 pub mod auth;
+pub mod batch;
 pub mod body;
 pub mod boundaries;
 pub mod cli;

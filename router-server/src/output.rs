@@ -49,10 +49,10 @@ pub struct Output {
 
 impl Output {
     /// At its beginning.
-    pub fn new(detokenizer: Option<Detokenizer>, stop: Vec<String>, min_tokens: u32) -> Self {
+    pub fn new(detokenizer: Option<Detokenizer>, stops: StopMatcher, min_tokens: u32) -> Self {
         Self {
             detokenizer,
-            stops: StopMatcher::new(stop),
+            stops,
             min_tokens,
             drawn: 0,
             decoded: 0,
@@ -136,15 +136,15 @@ mod tests {
 
     /// A tokenizer whose tokens are pieces of the bytes of the texts below, at random borders: within characters too.
     fn output(tokenizer: &Arc<Tokenizer>, stop: &[String], min_tokens: u32) -> Output {
-        Output::new(Some(Detokenizer::new(Arc::clone(tokenizer))), stop.to_vec(), min_tokens)
+        Output::new(Some(Detokenizer::new(Arc::clone(tokenizer))), StopMatcher::new(stop.to_vec()), min_tokens)
     }
 
-    /// All that is given out, and after each token how much.
-    fn run(output: &mut Output, ids: &[u32]) -> (Given, Vec<usize>) {
+    /// All that is given out, and after each token how many bytes and tokens.
+    fn run(output: &mut Output, ids: &[u32]) -> (Given, Vec<(usize, usize)>) {
         let (mut all, mut steps) = (Given::default(), Vec::new());
         for id in ids {
-            output.push(*id, Some(TokenLogprobs { chosen: -(*id as f32), top: Vec::new() }), &mut all);
-            steps.push(all.text.len());
+            output.push(*id, Some(TokenLogprobs { chosen: -1.0, top: vec![(*id, -1.0)] }), &mut all);
+            steps.push((all.text.len(), all.tokens.len()));
             if output.is_stopped() {
                 break;
             }
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn without_a_tokenizer_nothing_waits() {
-        let mut output = Output::new(None, Vec::new(), 0);
+        let mut output = Output::new(None, StopMatcher::default(), 0);
         let mut given = Given::default();
         output.push(5, None, &mut given);
         assert_eq!((given.text.as_str(), ids(&given)), ("", vec![5]));
@@ -230,13 +230,16 @@ mod tests {
             // Byte by byte: the tokens are exactly the bytes of the text.
             prop_assert_eq!(ids(&given), &all[..whole.len()]);
             // What is held back may still become a stop string, or is a part of a character.
-            for (at, given) in steps.iter().enumerate().take(whole.len()) {
+            for (at, (given, tokens)) in steps.iter().enumerate().take(whole.len()) {
+                prop_assert_eq!(given, tokens, "a byte each");
                 let decoded = text.char_indices().map(|(at, _)| at).chain([text.len()]).rfind(|end| *end <= at + 1);
                 let held = &text[*given..decoded.unwrap_or(0)];
                 prop_assert!(held.is_empty() || stops.iter().any(|stop| stop.starts_with(held)), "{:?} held", held);
             }
-            for token in &given.tokens {
-                prop_assert_eq!(token.logprobs.as_ref().map(|logprobs| logprobs.chosen), Some(-(token.id as f32)));
+            for (at, token) in given.tokens.iter().enumerate() {
+                let before = text.char_indices().map(|(at, c)| at + c.len_utf8()).filter(|end| *end <= at).count();
+                prop_assert_eq!(token.offset, before);
+                prop_assert_eq!(token.logprobs.as_ref().map(|logprobs| logprobs.top[0].0), Some(token.id));
             }
         }
 

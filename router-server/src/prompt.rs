@@ -5,6 +5,9 @@
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
+/// Most prompts of one request.
+pub const MOST_PROMPTS: usize = 1024;
+
 /// A prompt as it comes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Prompt {
@@ -14,8 +17,20 @@ pub enum Prompt {
     Ids(Vec<u32>),
     /// Neither; what it is instead.
     Other(&'static str),
-    /// More than one prompt.
-    Several,
+    /// More than one prompt, each text or ids.
+    Several(Vec<Prompt>),
+}
+
+impl Prompt {
+    /// Whether there is nothing to go on from.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Text(text) => text.is_empty(),
+            Self::Ids(ids) => ids.is_empty(),
+            Self::Several(prompts) => prompts.is_empty(),
+            Self::Other(_) => true,
+        }
+    }
 }
 
 impl<'de> Deserialize<'de> for Prompt {
@@ -60,16 +75,20 @@ impl<'de> Visitor<'de> for PromptVisitor {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
         let mut ids = Vec::new();
         let mut other = None;
-        let mut nested: Option<Prompt> = None;
+        let mut prompts = Vec::new();
         while let Some(item) = seq.next_element::<Item>()? {
             match item {
-                Item::Id(id) if nested.is_none() => ids.push(id),
-                Item::Prompt(prompt) if nested.is_none() && ids.is_empty() => nested = Some(prompt),
-                Item::Prompt(_) if nested.is_some() => other = other.or(Some(Prompt::Several)),
+                Item::Id(id) if prompts.is_empty() => ids.push(id),
+                Item::Prompt(_) if prompts.len() == MOST_PROMPTS => other = Some(Prompt::Other("too many prompts")),
+                Item::Prompt(prompt) if ids.is_empty() => prompts.push(prompt),
                 _ => other = Some(Prompt::Other("a list with items that are no token ids")),
             }
         }
-        Ok(other.or(nested).unwrap_or(Prompt::Ids(ids)))
+        Ok(other.unwrap_or_else(|| match prompts.len() {
+            0 => Prompt::Ids(ids),
+            1 => prompts.remove(0),
+            _ => Prompt::Several(prompts),
+        }))
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::error::Error;
 use crate::fields::{Fields, is_known, wrong};
 use crate::messages::{check_message, check_tool};
-use crate::prompt::Prompt;
+use crate::prompt::{MOST_PROMPTS, Prompt};
 use crate::proto::Sampling;
 
 /// Most messages of a conversation.
@@ -20,8 +20,8 @@ const MOST_MESSAGES: usize = 65_536;
 pub struct Completion {
     /// The model's name.
     pub model: String,
-    /// Text or ids.
-    pub prompt: Prompt,
+    /// Texts or ids: at least one, none of them empty.
+    pub prompts: Vec<Prompt>,
     /// All else.
     pub params: Params,
 }
@@ -114,32 +114,33 @@ impl Completion {
         let body = parse(body)?;
         let mut fields = Fields(body.fields);
         let model = fields.model()?;
-        let prompt = match body.prompt {
+        let prompts = match body.prompt {
             None | Some(Prompt::Other("null")) => return Err(Error::invalid("prompt", "the prompt is missing")),
             Some(Prompt::Other(what)) => {
                 return Err(Error::invalid(
                     "prompt",
-                    format!("the prompt must be a string or a list of token ids: {what}"),
+                    format!("the prompt must be a string, a list of token ids, or a list of either: {what}"),
                 ));
             }
-            Some(Prompt::Several) => {
-                let message = "one prompt a request is supported".to_owned();
-                return Err(Error::Unsupported { message, param: "prompt".into() });
-            }
-            Some(prompt) => prompt,
+            Some(Prompt::Several(prompts)) => prompts,
+            Some(prompt) => vec![prompt],
         };
-        if matches!(&prompt, Prompt::Text(text) if text.is_empty()) || prompt == Prompt::Ids(Vec::new()) {
+        if prompts.iter().any(Prompt::is_empty) {
             return Err(Error::invalid("prompt", "the prompt is empty"));
         }
         let logprobs = fields.logprobs_count()?;
         let params = fields.params(logprobs)?;
+        if prompts.len() * params.n as usize > MOST_PROMPTS {
+            let message = format!("{} prompts with {} choices each: more than {MOST_PROMPTS}", prompts.len(), params.n);
+            return Err(Error::invalid("n", message));
+        }
         // For completions only: a chat's template says where special tokens stand.
         if fields.0.get("add_special_tokens") == Some(&json!(true)) {
             fields.0.shift_remove("add_special_tokens");
         }
         body.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
         fields.nothing_else(params.n)?;
-        Ok(Self { model, prompt, params })
+        Ok(Self { model, prompts, params })
     }
 }
 
@@ -366,16 +367,20 @@ mod tests {
     #[test]
     fn prompts_come_in_four_forms() {
         let parse = |prompt: &str| Completion::parse(format!(r#"{{"model": "tiny", "prompt": {prompt}}}"#).as_bytes());
-        assert_eq!(parse(r#""hi""#).expect("text").prompt, Prompt::Text("hi".into()));
-        assert_eq!(parse("[1, 2]").expect("ids").prompt, Prompt::Ids(vec![1, 2]));
-        assert_eq!(parse(r#"["hi"]"#).expect("one text").prompt, Prompt::Text("hi".into()));
-        assert_eq!(parse("[[1, 2]]").expect("one list").prompt, Prompt::Ids(vec![1, 2]));
+        let text = |text: &str| Prompt::Text(text.into());
+        assert_eq!(parse(r#""hi""#).expect("text").prompts, [text("hi")]);
+        assert_eq!(parse("[1, 2]").expect("ids").prompts, [Prompt::Ids(vec![1, 2])]);
+        assert_eq!(parse(r#"["hi"]"#).expect("one text").prompts, [text("hi")]);
+        assert_eq!(parse("[[1, 2]]").expect("one list").prompts, [Prompt::Ids(vec![1, 2])]);
+        assert_eq!(parse(r#"["a", "b"]"#).expect("texts").prompts, [text("a"), text("b")]);
+        assert_eq!(parse("[[1], [2, 3]]").expect("lists").prompts, [Prompt::Ids(vec![1]), Prompt::Ids(vec![2, 3])]);
         for wrong in [
             r#""""#,
             "[]",
             "[[]]",
-            r#"["a", "b"]"#,
-            "[[1], [2]]",
+            r#"["a", ""]"#,
+            "[[1], []]",
+            r#"["a", null]"#,
             r#"[1, "a"]"#,
             r#"["a", 1]"#,
             "[-1]",
@@ -395,6 +400,19 @@ mod tests {
             assert_eq!(at_fault(&error), (400, json!("prompt")), "{wrong}");
         }
         assert_eq!(at_fault(&Completion::parse(br#"{"model": "tiny"}"#).expect_err("missing")), (400, json!("prompt")));
+    }
+
+    #[test]
+    fn choices_of_all_prompts_are_bounded() {
+        let prompts = |count: usize, n: u32| {
+            let prompts = vec!["a"; count];
+            let body = json!({"model": "tiny", "prompt": prompts, "n": n}).to_string();
+            Completion::parse(body.as_bytes()).map(|completion| completion.prompts.len())
+        };
+        assert_eq!(prompts(1024, 1), Ok(1024));
+        assert_eq!(at_fault(&prompts(1025, 1).expect_err("prompts")), (400, json!("prompt")));
+        assert_eq!(prompts(8, 128), Ok(8));
+        assert_eq!(at_fault(&prompts(9, 128).expect_err("choices")), (400, json!("n")));
     }
 
     #[test]

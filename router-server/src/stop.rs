@@ -3,10 +3,12 @@
 //! Knows text only. Text that may be the beginning of a stop string is held back until that is decided, so a client
 //! never sees a part of one. The match that ends first wins; of those that end together, the longest.
 
-/// Looks for stop strings in text that comes in pieces.
+use std::sync::Arc;
+
+/// Looks for stop strings in text that comes in pieces. A clone has the same strings and a text of its own.
 #[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
-    stops: Vec<String>,
+    stops: Arc<[String]>,
     held: String,
 }
 

@@ -74,12 +74,16 @@ impl Pool {
     }
 
     async fn arrive(&self, request: u64, room: usize) -> mpsc::Receiver<Update> {
+        self.arrive_with(request, room, 1).await
+    }
+
+    async fn arrive_with(&self, request: u64, room: usize, choices: u32) -> mpsc::Receiver<Update> {
         let (updates, receiver) = mpsc::channel(room);
         let request = NewRequest {
             id: RequestId(request),
             prompt: Arc::from([5, 6]),
             root: BlockHash(0),
-            choices: 1,
+            choices,
             max_tokens: Tokens(1000),
         };
         let extras =
@@ -146,6 +150,30 @@ async fn a_client_that_does_not_read_is_cancelled_and_told() {
     assert!(matches!(got[2], Update::Tokens { first_index: 1, .. }));
     assert!(matches!(got[3], Update::Overflow));
     assert_eq!(got.len(), 4);
+}
+
+#[tokio::test]
+async fn a_choice_ends_alone_and_every_end_has_room() {
+    let pool = Pool::start();
+    let mut worker = pool.join(100).await;
+    // Three placements, one token, three ends.
+    let mut updates = pool.arrive_with(1, 7, 3).await;
+    let key = worker.row().await;
+    let of = |choice| RowKey { row: router_core::RowId { choice, ..key.row }, ..key };
+    worker.draw(of(1), 0).await;
+    pool.commands.send(Command::Cancel(RequestId(1), Some(1))).await.unwrap();
+    assert!(worker.is_told_to_drop().await);
+    pool.commands.send(Command::Cancel(RequestId(1), None)).await.unwrap();
+    let mut got = Vec::new();
+    while let Some(update) = timeout(SOON, updates.recv()).await.unwrap() {
+        got.push(match update {
+            Update::Placed(_) => "placed".to_owned(),
+            Update::Tokens { row, .. } => format!("tokens {}", row.choice),
+            Update::Finished { row, .. } => format!("end {}", row.choice),
+            other => format!("{other:?}"),
+        });
+    }
+    assert_eq!(got, ["placed", "placed", "placed", "tokens 1", "end 1", "end 0", "end 2"]);
 }
 
 #[tokio::test]

@@ -135,6 +135,20 @@ fn ends(heard: &Heard, reason: proto::FinishReason) -> Vec<Body> {
     vec![Body::Step(proto::Step { batch: plan.plan_no, step: 1, rows: rows.collect() })]
 }
 
+fn logprobs_of_no_token(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(plan) = heard else { return civil(heard) };
+    let logprobs = vec![proto::TokenLogprobs::default(); 2];
+    let rows = plan.add.iter().map(|start| {
+        let logprobs = logprobs.clone();
+        proto::RowTokens { row: start.row, ids: vec![5], logprobs, ..Default::default() }
+    });
+    vec![Body::Step(proto::Step { batch: plan.plan_no, step: 1, rows: rows.collect() })]
+}
+
+fn stops(heard: &Heard) -> Vec<Body> {
+    ends(heard, proto::FinishReason::Stop)
+}
+
 fn cancels_by_itself(heard: &Heard) -> Vec<Body> {
     ends(heard, proto::FinishReason::Cancelled)
 }
@@ -155,8 +169,24 @@ async fn an_end_that_nobody_asked_for_is_the_workers_failure() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn logprobs_that_do_not_come_are_the_workers_failure() {
+    let url = scripted(info(), 7, stops).await;
+    let router = Router::start(&[&url], config()).await;
+    router.until(|all| all[0].state() == State::Ready).await;
+    let body = json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 8, "logprobs": 1});
+    let answer = router.post("/v1/completions", &body).await;
+    assert_eq!((answer.status, answer.code()), (502, json!("worker_failed")), "{}", answer.body);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn lies_cost_the_worker_its_place() {
-    for script in [a_token_that_does_not_exist, more_tokens_than_asked, a_batch_that_does_not_run, half_a_hash] {
+    for script in [
+        a_token_that_does_not_exist,
+        more_tokens_than_asked,
+        a_batch_that_does_not_run,
+        half_a_hash,
+        logprobs_of_no_token,
+    ] {
         let url = scripted(info(), 7, script).await;
         let router = Router::start(&[&url], config()).await;
         router.until(|all| all[0].state() == State::Ready).await;
@@ -191,6 +221,8 @@ async fn a_model_without_a_tokenizer_serves_ids_only() {
     router.until(|all| all[0].state() == State::Ready).await;
     let text = router.post("/v1/completions", &json!({"model": "tiny", "prompt": "hi"})).await;
     assert_eq!((text.status, text.param()), (400, json!("prompt")));
+    let stop = router.post("/v1/completions", &json!({"model": "tiny", "prompt": [5], "stop": "hi"})).await;
+    assert_eq!((stop.status, stop.param()), (400, json!("stop")));
     let messages = json!([{"role": "user", "content": "hi"}]);
     let chat = router.post("/v1/chat/completions", &json!({"model": "tiny", "messages": messages})).await;
     assert_eq!((chat.status, chat.param()), (400, json!("messages")));

@@ -87,6 +87,94 @@ async fn stop_strings_end_the_row_at_the_worker_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn choices_come_interleaved_and_end_one_by_one() {
+    let worker = Worker::start("--step-us 500 --max-rows 8").await;
+    let router = Router::over(&[&worker], config()).await;
+    let body = json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 40, "n": 3, "return_token_ids": true,
+                      "stream": true, "stream_options": {"include_usage": true}});
+    let stream = router.post("/v1/completions", &body).await;
+    let events = stream.events();
+    let (mut ids, mut order, mut ends) = (vec![Vec::new(); 3], Vec::new(), Vec::new());
+    for choice in events.iter().filter_map(|event| event["choices"].get(0)) {
+        let index = usize::try_from(choice["index"].as_u64().unwrap()).unwrap();
+        order.push(index);
+        ids[index].extend(serde_json::from_value::<Vec<u32>>(choice["token_ids"].clone()).unwrap());
+        if choice["finish_reason"].is_string() {
+            ends.push(index);
+        }
+    }
+    assert_eq!(ids, vec![drawn(&[5, 6], 40); 3]);
+    ends.sort_unstable();
+    assert_eq!(ends, [0, 1, 2]);
+    let first_of_last = order.iter().position(|index| *index == 2).unwrap();
+    assert!(first_of_last < 10, "not one after the other: {order:?}");
+    let usages = events.iter().filter(|event| event["usage"].is_object()).count();
+    let usage = &events.last().unwrap()["usage"];
+    assert_eq!((usages, &usage["prompt_tokens"], &usage["completion_tokens"]), (1, &json!(2), &json!(120)));
+    router.until_drained().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn choices_and_their_logprobs_survive_a_worker() {
+    let mut first = Worker::start("--step-us 1000").await;
+    let second = Worker::start("--step-us 1000").await;
+    let router = Router::over(&[&first, &second], config()).await;
+    let body = json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 400, "n": 6, "logprobs": 0,
+                      "return_token_ids": true, "stream": true});
+    let asked = router.post("/v1/completions", &body);
+    let leaving = async {
+        router.until(|all| all.iter().all(|worker| worker.running_rows > 0)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        first.stop.take().unwrap().send(()).unwrap();
+    };
+    let (stream, ()) = tokio::join!(asked, leaving);
+    let (mut ids, mut logprobs, mut offsets) = (vec![Vec::<u32>::new(); 6], [0; 6], vec![Vec::<u64>::new(); 6]);
+    for choice in stream.events().iter().filter_map(|event| event["choices"].get(0)) {
+        let index = usize::try_from(choice["index"].as_u64().unwrap()).unwrap();
+        ids[index].extend(serde_json::from_value::<Vec<u32>>(choice["token_ids"].clone()).unwrap());
+        if choice["logprobs"].is_object() {
+            logprobs[index] += choice["logprobs"]["token_logprobs"].as_array().unwrap().len();
+            offsets[index]
+                .extend(serde_json::from_value::<Vec<u64>>(choice["logprobs"]["text_offset"].clone()).unwrap());
+        }
+    }
+    assert_eq!(ids, vec![drawn(&[5, 6], 400); 6], "{}", stream.body.len());
+    assert_eq!(logprobs, [400; 6]);
+    assert!(offsets.iter().all(|offsets| offsets.is_sorted()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_prompts_is_answered_prompt_by_prompt_or_not_at_all() {
+    let worker = Worker::start("").await;
+    let router = Router::over(&[&worker], config()).await;
+    let mut body = json!({"model": "tiny", "prompt": [[5, 6], [7]], "max_tokens": 9, "n": 2, "return_token_ids": true});
+    let answer = router.post("/v1/completions", &body).await.json();
+    let ids: Vec<Vec<u32>> =
+        (0..4).map(|at| serde_json::from_value(answer["choices"][at]["token_ids"].clone()).unwrap()).collect();
+    let (first, second) = (drawn(&[5, 6], 9), drawn(&[7], 9));
+    assert_eq!(ids, [first.clone(), first, second.clone(), second]);
+    assert_eq!((&answer["usage"]["prompt_tokens"], &answer["usage"]["completion_tokens"]), (&json!(3), &json!(36)));
+    body["prompt"] = json!([[5, 6], [common::VOCAB]]);
+    let refused = router.post("/v1/completions", &body).await;
+    assert_eq!((refused.status, refused.param()), (400, json!("prompt")));
+    router.until_drained().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_many_choices_frees_all_its_rows() {
+    let worker = Worker::start("--step-us 1000").await;
+    let router = Router::over(&[&worker], config()).await;
+    let body = json!({"model": "tiny", "prompt": [5], "max_tokens": 8000, "n": 8, "stream": true}).to_string();
+    let mut client = send(router.http, "POST", "/v1/completions", body.as_bytes()).await;
+    client.read_exact(&mut [0; 500]).await.unwrap();
+    router.until(|all| all[0].batch_size == 8).await;
+    drop(client);
+    let gone = Instant::now();
+    router.until_drained().await;
+    assert!(gone.elapsed() < Duration::from_secs(2), "8000 tokens would take 8 s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_goes_away_frees_its_row() {
     let worker = Worker::start("--step-us 1000").await;
     let router = Router::over(&[&worker], config()).await;
@@ -131,6 +219,29 @@ async fn grpc_serves_the_contract() {
     assert_eq!(got, drawn(&[5, 6, 7], 20));
     let usage = usage.unwrap();
     assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.worker_id.as_str()), (3, 20, "only"));
+
+    let sampling = proto::Sampling { logprobs: Some(2), ..Default::default() };
+    let two = proto::GenerateRequest { n: 2, sampling: Some(sampling), ..request.clone() };
+    let parts: Vec<_> = client.generate(two).await.unwrap().into_inner().map(Result::unwrap).collect().await;
+    for choice in 0..2 {
+        let own: Vec<_> = parts.iter().filter(|part| part.choice == choice).collect();
+        let mut ids: Vec<u32> = Vec::new();
+        for part in &own {
+            assert_eq!((part.first_index as usize, part.logprobs.len()), (ids.len(), part.ids.len()));
+            for (id, logprobs) in part.ids.iter().zip(&part.logprobs) {
+                assert_eq!(logprobs.top_ids, [*id, (id + 1) % common::VOCAB]);
+                assert!((logprobs.chosen + std::f32::consts::LN_2).abs() < 1e-6);
+            }
+            ids.extend(&part.ids);
+        }
+        assert_eq!(ids, drawn(&[5, 6, 7], 20));
+        let finishes: Vec<bool> = own.iter().map(|part| part.finish == 2).collect();
+        assert!(finishes.iter().rev().skip(1).all(|finish| !finish) && finishes.last() == Some(&true));
+    }
+    let usages: Vec<_> = parts.iter().filter_map(|part| part.usage.as_ref()).collect();
+    assert_eq!(usages.len(), 1);
+    assert_eq!((usages[0].prompt_tokens, usages[0].completion_tokens), (3, 40));
+    assert!(parts.last().unwrap().usage.is_some());
 
     let decision = client.route(proto::RouteRequest { model: "tiny".into(), prompt: ids(&[5; 40]) }).await.unwrap();
     let decision = decision.into_inner();
