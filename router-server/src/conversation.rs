@@ -102,14 +102,13 @@ impl Conversations {
             let mut new = Vec::new();
             for ((hash, text), known) in some.iter().zip(known) {
                 // The text is compared: ids do not depend on how good a hash is.
-                let piece = match known.filter(|piece| *piece.text == **text) {
-                    Some(piece) => piece,
-                    None => {
-                        let ids = tokenizer.encode(text, false)?.into();
-                        let piece = Arc::new(Piece { text: (*text).into(), ids });
-                        new.push((*hash, Arc::clone(&piece)));
-                        piece
-                    }
+                let piece = if let Some(piece) = known.filter(|piece| *piece.text == **text) {
+                    piece
+                } else {
+                    let ids = tokenizer.encode(text, false)?.into();
+                    let piece = Arc::new(Piece { text: (*text).into(), ids });
+                    new.push((*hash, Arc::clone(&piece)));
+                    piece
                 };
                 ids.extend_from_slice(&piece.ids);
                 last = Some(piece);

@@ -376,13 +376,13 @@ mod tests {
                       {{ m == messages[0] }} {% for key in m %}{{ key }};{% endfor %}\n{% endfor %}";
         let few = render(source, &[message.clone()], None).expect("renders");
         let json = r#"{"role": "user", "content": "a", "n": null}"#;
-        assert_eq!(few, format!("true {json} user true false false no 3 3 true role;content;n;"));
+        assert_eq!(few, format!("True {json} user True False False no 3 3 True role;content;n;"));
         for i in 0..FEW {
             message[format!("x{i}")] = Json::Null;
         }
         let many = render(source, &[message], None).expect("renders");
         assert!(
-            many.starts_with("true {\"role\"") && many.contains("user true false false no 15 15 true role;"),
+            many.starts_with("True {\"role\"") && many.contains("user True False False no 15 15 True role;"),
             "{many}"
         );
     }
