@@ -287,6 +287,24 @@ class Router:
     ) -> None:
         """What the engine says of its KV cache. Committed blocks count beside it until their decisions end.
 
+        Engines name blocks by hashes of their own (vLLM's and SGLang's events bring the ids along): keep which is which.
+
+        >>> router, ours = Router(), {}
+        >>> router.add_worker("a")
+        >>> def block_stored(parent, blocks, token_ids):
+        ...     hashes = hash_blocks(ours.get(parent, router.hash_root), token_ids, router.block_size)
+        ...     ours.update(zip(blocks, hashes))
+        ...     router.report("a", stored=hashes)
+        >>> def block_removed(blocks):
+        ...     router.report("a", removed=[ours.pop(block) for block in blocks])
+        >>> block_stored(None, ["x", "y"], list(range(32)))
+        >>> block_stored("y", ["z"], list(range(32, 48)))
+        >>> router.route(range(64), commit=False).cached_tokens
+        48
+        >>> block_removed(["z"])
+        >>> router.route(range(64), commit=False).cached_tokens
+        32
+
         Args:
             worker: one added without ``blocks``.
             stored: hashes of blocks that are there now (see ``hash_blocks``), applied last.

@@ -22,12 +22,6 @@ enum Policy {
     Callable(Py<PyAny>),
 }
 
-/// A prompt as it was given, on its way out of the interpreter.
-enum Given {
-    Text(String),
-    Ids(Vec<u32>),
-}
-
 /// The router in your own process, in front of engines of your own.
 #[pyclass(frozen, module = "scls_router")]
 pub(crate) struct Router {
@@ -79,8 +73,7 @@ impl Router {
     /// Chooses a worker.
     #[pyo3(signature = (prompt, *, commit = true))]
     fn route(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>, commit: bool) -> PyResult<Decision> {
-        let given = self.given(prompt)?;
-        let mut choices = self.decide(py, vec![given], commit)?;
+        let mut choices = self.decide(py, vec![self.prompt(prompt)?], commit)?;
         choices.pop().ok_or_else(|| PyRuntimeError::new_err("one prompt, no decision"))
     }
 
@@ -90,8 +83,8 @@ impl Router {
         if prompts.is_instance_of::<PyString>() || prompts.is_instance_of::<PyBytes>() {
             return Err(PyTypeError::new_err("route_many takes several prompts: got one, which is for route"));
         }
-        let given = prompts.try_iter()?.map(|prompt| self.given(&prompt?)).collect::<PyResult<_>>()?;
-        self.decide(py, given, commit)
+        let prompts = prompts.try_iter()?.map(|prompt| self.prompt(&prompt?)).collect::<PyResult<_>>()?;
+        self.decide(py, prompts, commit)
     }
 
     /// Its prompt is computed: the engine gave a first token. ``finished`` implies it.
@@ -130,10 +123,8 @@ impl Router {
     }
 
     /// Hashes of the prompt's whole blocks with this router's root and block size, shape ``[tokens // block_size]``.
-    fn hash_blocks(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
-        let given = self.given(prompt)?;
-        let prompt = py.detach(|| self.hashed(given))?;
-        Ok(prompt.chain().iter().map(|hash| hash.0).collect())
+    fn hash_blocks(&self, prompt: &Bound<'_, PyAny>) -> PyResult<Vec<u64>> {
+        Ok(self.prompt(prompt)?.chain().iter().map(|hash| hash.0).collect())
     }
 
     /// What is believed of each worker, in the order of candidates.
@@ -189,28 +180,24 @@ impl Router {
         Ok(py.detach(|| call(&mut held(&self.core))))
     }
 
-    fn given(&self, prompt: &Bound<'_, PyAny>) -> PyResult<Given> {
-        match prompt.cast::<PyString>() {
-            Ok(text) if self.tokenizer.is_some() => Ok(Given::Text(text.to_str()?.to_owned())),
-            Ok(_) => Err(PyValueError::new_err("a text needs a tokenizer: Router(tokenizer=\"…/tokenizer.json\")")),
-            Err(_) => Ok(Given::Ids(ids(prompt)?)),
-        }
-    }
-
-    fn hashed(&self, given: Given) -> PyResult<Prompt> {
-        let ids = match (given, &self.tokenizer) {
-            (Given::Ids(ids), _) => ids,
+    fn prompt(&self, given: &Bound<'_, PyAny>) -> PyResult<Prompt> {
+        let py = given.py();
+        let ids = match (given.cast::<PyString>(), &self.tokenizer) {
+            (Err(_), _) => ids(given)?,
             // Special tokens as completions of the server have them.
-            (Given::Text(text), Some(tokenizer)) => {
-                tokenizer.encode(&text, true).map_err(|error| PyValueError::new_err(error.to_string()))?
+            (Ok(text), Some(tokenizer)) => {
+                let text = text.to_str()?;
+                let ids = py.detach(|| tokenizer.encode(text, true));
+                ids.map_err(|error| PyValueError::new_err(error.to_string()))?
             }
-            (Given::Text(_), None) => Vec::new(),
+            (Ok(_), None) => {
+                return Err(PyValueError::new_err("a text needs a tokenizer: Router(tokenizer=\"…/tokenizer.json\")"));
+            }
         };
-        Ok(Prompt::new(self.root, &ids, self.size))
+        Ok(py.detach(|| Prompt::new(self.root, &ids, self.size)))
     }
 
-    fn decide(&self, py: Python<'_>, given: Vec<Given>, commit: bool) -> PyResult<Vec<Decision>> {
-        let prompts = py.detach(|| given.into_iter().map(|given| self.hashed(given)).collect::<PyResult<_>>())?;
+    fn decide(&self, py: Python<'_>, prompts: Vec<Prompt>, commit: bool) -> PyResult<Vec<Decision>> {
         let choices: Result<Vec<Choice>, Error> = match &self.policy {
             Policy::Named(name) => self.with(py, |core| {
                 let policy = name.policy(self.seed);
