@@ -26,8 +26,16 @@ class Tensor(Protocol):
     def detach(self) -> Any: ...
 
 
+class Array(Protocol):
+    """A numpy array, as far as it is needed here: before Python 3.12 no type checker knows it as a buffer."""
+
+    @property
+    def ndim(self) -> int: ...
+    def tobytes(self) -> bytes: ...
+
+
 if TYPE_CHECKING:
-    Prompt = str | Sequence[int] | Buffer | Tensor
+    Prompt = str | Sequence[int] | Buffer | Array | Tensor
 
 
 class Options(TypedDict, total=False):
