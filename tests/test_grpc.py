@@ -219,6 +219,23 @@ def test_a_snapshot_of_two_million_blocks() -> None:
                 assert {c.worker_id for c in decision.candidates} == {"big", "small"}
 
 
+def test_a_worker_s_message_over_the_limit_ends_its_session() -> None:
+    info = common.WorkerInfo(
+        worker_id="w", worker_epoch=5, model_digest="m", served_names=["tiny"], vocab_size=100, max_context=1000,
+        block_size=16, blocks=10**7, max_rows=4,
+    )  # fmt: skip
+    size = (16 << 20) + 8
+    with HandmadeWorker(info, bytes(size), chunk=size) as worker, Router([worker.url], ready=0) as router:
+        with grpc.insecure_channel(router.addresses["grpc"]) as channel:
+            stub = router_pb2_grpc.RouterStub(channel)
+            deadline, detail = time.monotonic() + 20, ""
+            while "too large" not in detail:
+                assert time.monotonic() < deadline, detail
+                (status,) = stub.ListWorkers(pb.ListWorkersRequest(), timeout=10).workers
+                detail = status.detail
+            assert status.state != pb.WorkerStatus.STATE_READY and "16777216" in detail
+
+
 def test_health_and_reflection(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert health.status == health_pb2.HealthCheckResponse.SERVING

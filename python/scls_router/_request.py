@@ -26,8 +26,16 @@ class Tensor(Protocol):
     def detach(self) -> Any: ...
 
 
+class Array(Protocol):
+    """A numpy array, as far as it is needed here: before Python 3.12 no type checker knows it as a buffer."""
+
+    @property
+    def ndim(self) -> int: ...
+    def tobytes(self) -> bytes: ...
+
+
 if TYPE_CHECKING:
-    Prompt = str | Sequence[int] | Buffer | Tensor
+    Prompt = str | Sequence[int] | Buffer | Array | Tensor
 
 
 class Options(TypedDict, total=False):
@@ -77,7 +85,7 @@ def generate_request(
 ) -> pb.GenerateRequest:
     """The message of a generation; the router checks the values, this checks what a message cannot say."""
     if max_tokens is not None and max_tokens < 1:
-        raise _invalid("limits.max_tokens", f"max_tokens must be at least 1: {max_tokens}")
+        raise _invalid("max_tokens", f"max_tokens must be at least 1: {max_tokens}")
     if n < 1:
         raise _invalid("n", f"n must be at least 1: {n}")
     sampling = common.Sampling(
@@ -124,7 +132,7 @@ def packed_ids(ids: Any) -> bytes:
         ids = ids.detach().cpu().numpy()
     if isinstance(ids, bytes | bytearray):
         if len(ids) % 4:
-            raise _invalid("prompt.ids", f"{len(ids)} bytes are no token ids of four bytes each")
+            raise _invalid("prompt", f"{len(ids)} bytes are no token ids of four bytes each")
         return bytes(ids)
     if hasattr(ids, "astype"):
         return _packed_numpy(ids)
@@ -135,7 +143,7 @@ def packed_ids(ids: Any) -> bytes:
     try:
         packed = array("I", ids)
     except OverflowError:
-        raise _invalid("prompt.ids", "a token id is from 0 to 4294967295") from None
+        raise _invalid("prompt", "a token id is from 0 to 4294967295") from None
     except TypeError as error:
         raise TypeError(f"a prompt is a text, or token ids as a list of ints or a buffer of them: {error}") from None
     if sys.byteorder == "big":
@@ -147,7 +155,7 @@ def _packed_numpy(ids: Any) -> bytes:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise TypeError(f"token ids are a one-dimensional array of integers: {ids.dtype} of shape {tuple(ids.shape)}")
     if ids.dtype.str != "<u4" and ids.size and (ids.min() < 0 or ids.max() > 0xFFFFFFFF):
-        raise _invalid("prompt.ids", "a token id is from 0 to 4294967295")
+        raise _invalid("prompt", "a token id is from 0 to 4294967295")
     packed: bytes = ids.astype("<u4", copy=False).tobytes()
     return packed
 

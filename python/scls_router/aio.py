@@ -35,8 +35,9 @@ class AsyncClient:
         >>> async def main():
         ...     async with AsyncClient("127.0.0.1:30001") as client:
         ...         done = await client.generate("Where is my flight?", model="tiny", max_tokens=32)
-        ...         print(done.text, done.usage.cached_tokens)
-        >>> asyncio.run(main())  # doctest: +SKIP
+        ...         return done.choices[0].finish_reason, done.usage.completion_tokens
+        >>> asyncio.run(main())
+        ('length', 32)
     """
 
     def __init__(
@@ -75,8 +76,15 @@ class AsyncClient:
         next step. The event loop closes it soon after a loop over it was left; `contextlib.aclosing` does at once.
 
         Example:
-            >>> async for piece in client.stream("Hello", model="tiny", max_tokens=32):  # doctest: +SKIP
-            ...     print(piece.text, end="", flush=True)
+            >>> import asyncio
+            >>> async def main():
+            ...     async with AsyncClient("127.0.0.1:30001") as client:
+            ...         async for piece in client.stream("Hello", model="tiny", max_tokens=2):
+            ...             print(piece.first_index, len(piece.ids), piece.finish_reason)
+            >>> asyncio.run(main())
+            0 1 None
+            1 1 None
+            2 0 length
         """
         return self._pieces(_request.generate_request(prompt, **options), timeout)
 

@@ -29,9 +29,11 @@ class Client:
 
     Example:
         >>> from scls_router import Client
-        >>> with Client("127.0.0.1:30001") as client:  # doctest: +SKIP
+        >>> with Client("127.0.0.1:30001") as client:
         ...     done = client.generate("Where is my flight?", model="tiny", max_tokens=32)
-        ...     print(done.text, done.usage.cached_tokens)
+        ...     text = "".join(piece.text for piece in client.stream(done.ids, model="tiny", max_tokens=8))
+        >>> done.choices[0].finish_reason, done.usage.completion_tokens
+        ('length', 32)
     """
 
     def __init__(
@@ -67,20 +69,20 @@ class Client:
             timeout: longest it may take, in seconds; by default the client's.
             model: name of the model. Required.
             max_tokens: most tokens to generate; by default what is left of the context.
-            temperature: 0 is greedy, 1 (the default) the model's own distribution; at most 2.
+            temperature: 0 is greedy, 1 (the default) the model's own distribution.
             top_k: draw among the k most likely tokens; 0 is off.
             top_p: draw among the fewest most likely tokens that together have this probability, in (0, 1].
             min_p: leave out tokens less likely than this times the likeliest, in [0, 1].
             repetition_penalty: divides the logits of tokens in prompt and output; 1 is off.
             presence_penalty, frequency_penalty: taken off the logits of tokens in the output, once, and per
-                occurrence; -2 to 2, 0 is off.
+                occurrence; 0 is off.
             seed: of the draw, any integer (taken modulo 2**64). The same seed gives the same tokens, whatever else
                 runs. By default a random one.
-            logit_bias: added to the logits, by token id; -100 to 100.
+            logit_bias: added to the logits, by token id; at most 1024 of them.
             logprobs: None for none; 0 for those of the drawn tokens; k for the k most likely too, at most 20.
             n: choices; choice i draws with seed + i.
             stop: strings that end the text, and are not part of it; at most 16.
-            stop_token_ids: ids that end the output, beside the model's own.
+            stop_token_ids: ids that end the output, beside the model's own; at most 1024.
             min_tokens: tokens before which nothing but the limit ends the output.
             ignore_eos: go on past the model's end token.
             request_id: names the request in logs and answers; by default the router makes one up.
@@ -107,8 +109,13 @@ class Client:
         free at the worker's next step. Nothing is tried again once a piece has come.
 
         Example:
-            >>> for piece in client.stream("Hello", model="tiny", max_tokens=32):  # doctest: +SKIP
-            ...     print(piece.text, end="", flush=True)
+            >>> with Client("127.0.0.1:30001") as client:
+            ...     for piece in client.stream("Hello", model="tiny", max_tokens=3):
+            ...         print(piece.first_index, len(piece.ids), piece.finish_reason)
+            0 1 None
+            1 1 None
+            2 1 None
+            3 0 length
         """
         return self._pieces(_request.generate_request(prompt, **options), timeout)
 
@@ -122,6 +129,14 @@ class Client:
 
         Raises:
             InvalidRequest, ModelNotFound, Overloaded, Unavailable, DeadlineExceeded: as for `generate`.
+
+        Example:
+            >>> import array
+            >>> with Client("127.0.0.1:30001") as client:
+            ...     decision = client.route(array.array("I", range(100, 200)), model="tiny")
+            >>> best = min(decision.candidates, key=lambda candidate: candidate.score)
+            >>> decision.prompt_tokens, best.worker_id == decision.worker_id
+            (100, True)
         """
         request = _request.route_request(prompt, model=model)
         return _answers.decision(self._call(self._stub.Route, request, timeout))
@@ -131,6 +146,11 @@ class Client:
 
         Raises:
             Unavailable, DeadlineExceeded: the router cannot be reached, or not in time.
+
+        Example:
+            >>> with Client("127.0.0.1:30001") as client:
+            ...     {worker.state for worker in client.workers()}
+            {'ready'}
         """
         return _answers.workers(self._call(self._stub.ListWorkers, pb.ListWorkersRequest(), timeout))
 

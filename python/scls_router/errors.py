@@ -16,7 +16,7 @@ class SclsError(Exception):
         message: what was wrong, for people; also `str(error)`.
         status: name of the gRPC status, such as `"UNAVAILABLE"`.
         reason: the router's machine-readable code, such as `"context_length_exceeded"`; None where it gave none.
-        field: the field of the request at fault, such as `"sampling.top_p"`; None where it is not one field.
+        field: the argument at fault, such as `"top_p"`; None where it is not one argument.
         retry_after: seconds after which the router suggests to try again; None where it does not.
     """
 
@@ -111,4 +111,9 @@ def from_status(status: str, message: str, metadata: Mapping[str, str | bytes]) 
     except (KeyError, ValueError):
         retry_after = None
     kind = _BY_REASON.get(reason or "") or _BY_STATUS.get(status, SclsError)
-    return kind(message or status, status, reason, texts.get("scls-field"), retry_after)
+    return kind(message or status, status, reason, _argument(texts.get("scls-field")), retry_after)
+
+
+def _argument(field: str | None) -> str | None:
+    """The message nests what the clients take flat: `sampling.top_p` is `top_p`, `prompt.ids` is `prompt`."""
+    return field and field.removeprefix("sampling.").removeprefix("limits.").partition(".")[0]

@@ -9,6 +9,9 @@ from . import router_pb2 as scls_dot_v1_dot_router__pb2
 
 class RouterStub:
     """Served by the router. What a build does not serve yet answers UNIMPLEMENTED and says so.
+    Beside its status an error has metadata: `scls-code` is the code of HTTP's error object, `scls-field` the field at
+    fault, `grpc-retry-pushback-ms` when to come again. A client's deadline is kept here too: a call past it ends with
+    DEADLINE_EXCEEDED and frees its rows. Messages cap at 16 MiB.
     """
 
     def __init__(self, channel):
@@ -66,6 +69,9 @@ class RouterStub:
 
 class RouterServicer:
     """Served by the router. What a build does not serve yet answers UNIMPLEMENTED and says so.
+    Beside its status an error has metadata: `scls-code` is the code of HTTP's error object, `scls-field` the field at
+    fault, `grpc-retry-pushback-ms` when to come again. A client's deadline is kept here too: a call past it ends with
+    DEADLINE_EXCEEDED and frees its rows. Messages cap at 16 MiB.
     """
 
     def Generate(self, request, context):
@@ -181,6 +187,9 @@ def add_RouterServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Router:
     """Served by the router. What a build does not serve yet answers UNIMPLEMENTED and says so.
+    Beside its status an error has metadata: `scls-code` is the code of HTTP's error object, `scls-field` the field at
+    fault, `grpc-retry-pushback-ms` when to come again. A client's deadline is kept here too: a call past it ends with
+    DEADLINE_EXCEEDED and frees its rows. Messages cap at 16 MiB.
     """
 
     @staticmethod
