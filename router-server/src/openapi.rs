@@ -125,7 +125,8 @@ mod tests {
             "top_p" | "repetition_penalty" => value == &json!(0),
             "messages" => value == &json!([{"role": "user"}]),
             // These go with messages, the others with a prompt.
-            "tokenize messages" | "tokenize tools" | "tokenize prompt" | "tokenize add_special_tokens" => true,
+            "tokenize messages" | "tokenize tools" | "tokenize add_special_tokens" => true,
+            "tokenize prompt" => value.is_null(),
             _ => false,
         }
     }
