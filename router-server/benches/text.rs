@@ -1,5 +1,5 @@
-//! What a later turn of a long conversation costs, from the bytes of its body to the decision among 64 workers, beside
-//! what the tokenizer alone takes for the new text.
+//! What a later turn of a long conversation costs: from the text of its prompt to the decision among 64 workers, beside
+//! what the tokenizer alone takes for the new text; and what stands before that, parsing the body and rendering.
 //!
 //! Every round is a second turn that nobody has seen: the conversation so far is known, its last answer as the ids that
 //! were generated, and the user's next message is new. Medians of all rounds; run it with `make bench-core`.

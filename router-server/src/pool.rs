@@ -24,7 +24,9 @@ use crate::sampling::{fault, no_such_id};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
-/// Texts that are tokenised or rendered at once; more wait. It is work for a processor, so more would gain nothing.
+/// Texts that are tokenised or rendered at once; more wait. It is work for a processor, so more would gain nothing. A
+/// conversation that is known goes there too: the way costs less (`make bench-core`) than rendering it, whose end nobody
+/// knows before.
 const ENCODERS: usize = 4;
 /// Texts of more bytes than this are big: of those at most so many at once, so that small ones do not wait for them.
 const BIG: (usize, usize) = (64 << 10, ENCODERS / 2);
