@@ -1,5 +1,5 @@
-//! A gRPC client's deadline ends its call at our side too: at `grpc-timeout` the answer ends with `DEADLINE_EXCEEDED`, and
-//! what made it is dropped. tonic itself watches only until the answer begins.
+//! Times that gRPC calls have. At its `grpc-timeout` an answer ends with `DEADLINE_EXCEEDED`, and what made it is
+//! dropped: tonic itself watches only until the answer begins. And a request may not arrive for ever.
 
 use std::time::Duration;
 
@@ -15,8 +15,20 @@ use hyper::body::{Body as _, Frame};
 use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
+use crate::error::Error;
+
+/// Longest a client may take to send its request, as over HTTP.
+const ARRIVAL: Duration = Duration::from_secs(60);
+/// All methods of this service take one request; of others it may be a stream that is open for long.
+const ONE_REQUEST: &str = "/scls.v1.Router/";
+
 /// Passes a call on and ends it in time.
 pub async fn keep(request: Request, next: Next) -> Response {
+    let request = if request.uri().path().starts_with(ONE_REQUEST) {
+        request.map(|body| Body::new(StreamBody::new(arriving(body, Instant::now() + ARRIVAL))))
+    } else {
+        request
+    };
     let Some(most) = timeout_of(request.headers()) else {
         return next.run(request).await;
     };
@@ -33,6 +45,22 @@ pub async fn keep(request: Request, next: Next) -> Response {
 
 fn exceeded(most: Duration) -> Status {
     Status::deadline_exceeded(format!("the call took longer than its deadline of {} ms", most.as_millis()))
+}
+
+fn arriving(mut body: Body, deadline: Instant) -> impl Stream<Item = Result<Frame<Bytes>, axum::Error>> + Send {
+    async_stream::stream! {
+        loop {
+            match timeout_at(deadline, body.frame()).await {
+                Ok(Some(frame)) => yield frame,
+                Ok(None) => break,
+                Err(_) => {
+                    // tonic answers with the status it finds in the error.
+                    yield Err(axum::Error::new(Status::from(Error::SlowRequest)));
+                    break;
+                }
+            }
+        }
+    }
 }
 
 fn limited(
@@ -80,7 +108,22 @@ fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use futures::{StreamExt, TryStreamExt};
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_request_that_stalls_is_ended_and_one_that_comes_is_passed_on() {
+        let soon = || Instant::now() + Duration::from_millis(50);
+        let whole: Vec<_> = arriving(Body::from("all of it"), soon()).try_collect().await.expect("no error");
+        assert_eq!(whole.into_iter().map(|frame| frame.into_data().expect("data")).collect::<Vec<_>>(), ["all of it"]);
+        let begun = futures::stream::iter([Ok::<_, axum::Error>("half")]);
+        let stalled = Body::from_stream(begun.chain(futures::stream::pending()));
+        let mut frames: Vec<_> = arriving(stalled, soon()).collect().await;
+        assert_eq!(frames.len(), 2);
+        let error = frames.pop().expect("the last").expect_err("no more came");
+        assert_eq!(Status::from_error(error.into()).code(), tonic::Code::Aborted);
+    }
 
     #[test]
     fn deadlines_are_read_as_the_protocol_writes_them() {

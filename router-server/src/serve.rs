@@ -28,6 +28,8 @@ use crate::proto::router_server::RouterServer;
 pub const DRAIN: Duration = Duration::from_secs(30);
 /// After that: for what is written already to leave, and for those who have said nothing worth waiting for.
 const GRACE: Duration = Duration::from_millis(500);
+/// Calls of one gRPC connection at once; a client's further ones wait there.
+const MOST_STREAMS: u32 = 1024;
 const DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/scls_descriptor.bin"));
 
 /// Bound sockets.
@@ -134,6 +136,7 @@ async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<boo
         // Clients may ping as they like: nothing here counts their pings.
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .max_concurrent_streams(Some(MOST_STREAMS))
         .add_routes(Routes::from(routes))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), told(stopped))
         .await;
