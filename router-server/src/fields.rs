@@ -67,7 +67,8 @@ impl Fields {
         let Some(number) = value.as_f64() else {
             return Err(wrong(name, "a number", &value));
         };
-        if range.contains(&(number as f32)) {
+        // As it was written: rounded to f32, what lies just outside could fall on the border.
+        if (f64::from(*range.start())..=f64::from(*range.end())).contains(&number) {
             return Ok(Some(number as f32));
         }
         let (least, most) = (range.start(), range.end());

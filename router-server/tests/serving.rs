@@ -260,9 +260,11 @@ async fn grpc_serves_the_contract() {
     assert_eq!(fails(|request| request.model = "gpt".into()).await, Some(tonic::Code::NotFound));
     assert_eq!(fails(|request| request.prompt = None).await, Some(tonic::Code::InvalidArgument));
     assert_eq!(fails(|request| request.n = 129).await, Some(tonic::Code::InvalidArgument));
-    let explained = client.explain(proto::ExplainRequest::default()).await.unwrap_err();
-    assert_eq!(explained.code(), tonic::Code::Unimplemented);
-    assert!(explained.message().contains("Explain"));
+    let explained = client.explain(proto::ExplainRequest { decision_id: 0 }).await.unwrap().into_inner();
+    assert_eq!((explained.worker_id.as_str(), explained.prompt_tokens), ("only", 3));
+    let closed = client.register(proto::RegisterRequest::default()).await.unwrap_err();
+    assert_eq!(closed.code(), tonic::Code::Unimplemented);
+    assert!(closed.message().contains("Register"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
