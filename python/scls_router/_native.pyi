@@ -336,4 +336,7 @@ class Router:
         """The root of all chains."""
 
 def main(args: list[str], python: str | None = None) -> int:
-    """Runs the command line, the first argument being the program's name. Returns the exit status."""
+    """Runs the command line, the first argument being the program's name. Returns the exit status.
+
+    The same program as the cargo binary, but that workers of ``up`` run in this ``python``.
+    """

@@ -26,8 +26,7 @@ fn block_size(tokens: u32) -> PyResult<BlockSize> {
     BlockSize::new(tokens).ok_or_else(|| PyValueError::new_err("block_size must be at least 1"))
 }
 
-/// Runs the command line, the first argument being the program's name, and returns the exit status. The same program as
-/// the cargo binary, but that workers of `up` run in this `python`.
+/// Runs the command line, the first argument being the program's name. Returns the exit status.
 #[pyfunction]
 #[pyo3(signature = (args, python = None))]
 fn main(py: Python<'_>, args: Vec<OsString>, python: Option<PathBuf>) -> u8 {
