@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -117,6 +119,20 @@ def test_check_says_what_is_missing(file: Path) -> None:
     assert done.returncode == 2 and "the environment variable is not set: THE_KEY" in done.stderr
 
 
+def test_check_finds_a_key_that_no_client_can_send() -> None:
+    done = run([ROUTER], "config", "check", SCLS_ROUTER_API_KEY="the-secret ä")
+    assert done.returncode == 2 and "visible ASCII" in done.stderr, done.stderr
+    assert "the-secret" not in done.stdout + done.stderr
+
+
+def test_a_file_that_does_not_parse_is_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "router.toml"
+    path.write_text('port = 1\napi_key = "the-secret\n')
+    done = run([ROUTER], "config", "check", "--config", str(path))
+    assert done.returncode == 2 and f"{path}: line 2, column 22: " in done.stderr, done.stderr
+    assert "the-secret" not in done.stdout + done.stderr
+
+
 def health(*args: str) -> tuple[int, str]:
     done = run([ROUTER], "health", *args)
     return done.returncode, done.stdout + done.stderr
@@ -163,6 +179,23 @@ def test_health_does_not_wait_for_ever() -> None:
         for scheme in ("http", "grpc"):
             code, said = health("--url", f"{scheme}://127.0.0.1:{port}", "--timeout-secs", "1")
             assert (code, said) == (1, f"error: not ready: {scheme}://127.0.0.1:{port}: no answer within 1 s\n")
+
+
+def test_health_shows_what_a_server_says_without_obeying_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            body = json.dumps({"error": {"message": "\x1b[2Jgone"}}).encode()
+            for _ in range(2):
+                with server.accept()[0] as connection:
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 503 No\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        code, said = health("--url", f"http://127.0.0.1:{server.getsockname()[1]}", "--timeout-secs", "5")
+        thread.join(10)
+    assert code == 1 and said.endswith("?[2Jgone\n"), said
 
 
 def test_workers_run_in_the_interpreter_that_runs_the_router(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ def test_list_workers(channel: grpc.Channel) -> None:
     [
         (pb.GenerateRequest(model="none", prompt=pb.Prompt(text="a")), grpc.StatusCode.NOT_FOUND),
         (pb.GenerateRequest(model="tiny"), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.GenerateRequest(prompt=pb.Prompt(text="a")), grpc.StatusCode.INVALID_ARGUMENT),
+        # Every message of the answer would carry it.
+        (
+            pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), request_id="x" * 129),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
         (pb.GenerateRequest(model="tiny", prompt=pb.Prompt(text="a"), n=129), grpc.StatusCode.INVALID_ARGUMENT),
         (
             pb.GenerateRequest(model="tiny", prompt=pb.Prompt(ids=common.TokenIds(le_u32=b"abc"))),

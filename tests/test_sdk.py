@@ -225,6 +225,41 @@ def test_a_deadline_ends_it_and_frees_its_rows(client: Any, mock: Router) -> Non
     mock.wait_drained(2)
 
 
+@pytest.mark.parametrize("timeout", [1e10, 1e300, math.inf])
+def test_a_deadline_that_never_comes(client: Any, timeout: float) -> None:
+    assert client.generate([5, 6], model="tiny", max_tokens=1, timeout=timeout).choices[0].finish_reason == "length"
+
+
+def test_closing_ends_a_stream_with_an_error_of_ours(kind: Any, mock: Router) -> None:
+    client = kind(mock.addresses["grpc"], timeout=30)
+    pieces = client.stream([5, 6], model="tiny", max_tokens=1000, ignore_eos=True)
+    next(pieces)
+    client.close()
+    with pytest.raises(errors.Cancelled):
+        list(pieces)
+    mock.wait_drained()
+    for call in (lambda: client.generate([5], model="tiny"), lambda: list(client.stream([5], model="tiny"))):
+        with pytest.raises(ValueError, match="the client is closed"):
+            call()
+
+
+def test_closing_ends_a_call_and_cancelling_still_cancels(mock: Router) -> None:
+    async def main() -> None:
+        client = AsyncClient(mock.addresses["grpc"])
+        long = {"model": "tiny", "max_tokens": 1000, "ignore_eos": True}
+        runs, cancelled = (asyncio.create_task(client.generate([5, 6], **long)) for _ in range(2))
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        await client.close()
+        with pytest.raises(errors.Cancelled):
+            await runs
+
+    asyncio.run(main())
+    mock.wait_drained()
+
+
 def test_calls_at_once(mock: Router) -> None:
     async def many() -> list[results.Completion]:
         async with AsyncClient(mock.addresses["grpc"]) as client:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from scls_router.errors import SclsError
 
+# Seconds, some thirty years: past about 2**33 gRPC's own arithmetic overflows and the call fails at once.
+MOST_TIMEOUT = 1e9
 RETRIED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
 
@@ -69,7 +71,7 @@ class Attempts:
             raise ValueError(f"timeout must be more than 0 seconds: {timeout}")
         self._policy = policy
         self._budget = budget
-        self._deadline = time.monotonic() + timeout
+        self._deadline = time.monotonic() + (timeout if timeout < MOST_TIMEOUT else math.inf)
         self._made = 0
 
     def left(self) -> float | None:

@@ -16,6 +16,7 @@ from scls_router._channel import OPTIONS, address, error_of, metadata
 from scls_router._proto import router_pb2 as pb
 from scls_router._proto.router_pb2_grpc import RouterStub
 from scls_router._retry import Attempts, Budget, RetryPolicy
+from scls_router.errors import SclsError, from_status
 from scls_router.results import Completion, Piece, RouteDecision, WorkerStatus
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class AsyncClient:
         self._budget = Budget(self._policy)
         self._metadata = metadata(api_key)
         self._channel: grpc.aio.Channel | None = None
+        self._closed = False
 
     async def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Completion:
         """Generates and waits for the end. Arguments and errors are those of `Client.generate`.
@@ -98,7 +100,8 @@ class AsyncClient:
         return _answers.workers(await self._call(self._stub.ListWorkers, pb.ListWorkersRequest(), timeout))
 
     async def close(self) -> None:
-        """Closes the connection; what still runs fails with `Cancelled`."""
+        """Closes the connection; what still runs fails with `Cancelled`, what comes later with `ValueError`."""
+        self._closed = True
         if self._channel is not None:
             await self._channel.close(None)
 
@@ -110,14 +113,31 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    @cached_property
+    @property
     def _stub(self) -> Any:
+        if self._closed:
+            raise ValueError("the client is closed")
+        return self._open_stub
+
+    @cached_property
+    def _open_stub(self) -> Any:
         # Not in the constructor: a channel belongs to the loop that runs when it is made.
         self._channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
         return RouterStub(self._channel)  # type: ignore[no-untyped-call]
 
     def _attempts(self, timeout: float | None) -> Attempts:
         return Attempts(self._policy, self._budget, self._timeout if timeout is None else timeout)
+
+    def _closing(self) -> SclsError:
+        """What a `CancelledError` stands for that `close` caused; of a task that was cancelled it goes on.
+
+        grpc.aio ends the calls of a channel that is closed as if their tasks had been cancelled.
+        """
+        task = asyncio.current_task()
+        cancelling = getattr(task, "cancelling", int)  # before Python 3.11 a task does not say
+        if not self._closed or cancelling():
+            raise
+        return from_status("CANCELLED", "the client was closed", {})
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         attempts = self._attempts(timeout)
@@ -132,6 +152,8 @@ class AsyncClient:
                 return
             except grpc.RpcError as error:
                 failure = error_of(error)
+            except asyncio.CancelledError:
+                failure = self._closing()
             finally:
                 # Also of a caller who left the loop. Of a call that ended it changes nothing.
                 call.cancel()
@@ -146,6 +168,8 @@ class AsyncClient:
                 answer = await method(request, timeout=attempts.left(), metadata=self._metadata)
             except grpc.RpcError as error:
                 failure = error_of(error)
+            except asyncio.CancelledError:
+                failure = self._closing()
             else:
                 attempts.succeeded()
                 return answer

@@ -58,7 +58,8 @@ class Client:
         self._budget = Budget(self._policy)
         self._metadata = metadata(api_key)
         self._channel = grpc.insecure_channel(address(target), options=OPTIONS)
-        self._stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
+        self._open_stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
+        self._closed = False
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Completion:
         """Generates and waits for the end.
@@ -155,7 +156,8 @@ class Client:
         return _answers.workers(self._call(self._stub.ListWorkers, pb.ListWorkersRequest(), timeout))
 
     def close(self) -> None:
-        """Closes the connection; what still runs fails with `Cancelled`."""
+        """Closes the connection; what still runs fails with `Cancelled`, what comes later with `ValueError`."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -165,6 +167,12 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _stub(self) -> Any:
+        if self._closed:
+            raise ValueError("the client is closed")
+        return self._open_stub
 
     def _attempts(self, timeout: float | None) -> Attempts:
         return Attempts(self._policy, self._budget, self._timeout if timeout is None else timeout)

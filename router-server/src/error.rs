@@ -210,7 +210,8 @@ impl Error {
             StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
             _ => "server_error",
         };
-        let (message, param, code) = (self.to_string(), self.param(), self.code());
+        // Both may quote what a client sent, which may be a body of any length.
+        let (message, param, code) = (clipped(&self.to_string()), self.param().map(clipped), self.code());
         json!({"error": {"message": message, "type": kind, "param": param, "code": code}})
     }
 }
@@ -294,6 +295,13 @@ mod tests {
         assert!(status.message().starts_with("temperature"), "{}", status.message());
         assert_eq!(status.metadata().get("scls-field").expect("the field"), "temperature");
         assert!(status.metadata().get("scls-code").is_none());
+    }
+
+    #[test]
+    fn what_a_client_sent_is_not_sent_back_whole() {
+        for error in [Error::UnknownModel("m".repeat(1 << 20)), Error::unsupported("f".repeat(1 << 20))] {
+            assert!(error.body().to_string().len() < 4096, "{}", error.status());
+        }
     }
 
     #[test]

@@ -19,6 +19,9 @@ use crate::proto::{
 };
 use crate::random::{random, random_id};
 
+/// Longest id that a client gives its request, in bytes; as over HTTP.
+const MOST_ID: usize = 128;
+
 /// Serves the contract for one router.
 pub struct Service {
     app: Arc<App>,
@@ -30,9 +33,13 @@ impl Service {
         Self { app }
     }
 
+    fn pool(&self, model: &str) -> Result<Arc<Pool>, Error> {
+        if model.is_empty() { Err(Error::invalid("model", "the model is missing")) } else { self.app.fleet.pool(model) }
+    }
+
     async fn start(&self, request: GenerateRequest, meter: &mut Meter) -> Result<Generation, Error> {
         meter.busy = Some(self.app.begin()?);
-        let pool = self.app.fleet.pool(&request.model)?;
+        let pool = self.pool(&request.model)?;
         meter.model.clone_from(&request.model);
         if request.n > MOST_CHOICES {
             return Err(Error::invalid("n", format!("n must be from 1 to {MOST_CHOICES}: {}", request.n)));
@@ -122,7 +129,13 @@ impl router_server::Router for Service {
         let mut request = request.into_inner();
         let id = Some(std::mem::take(&mut request.request_id)).filter(|id| !id.is_empty()).unwrap_or_else(random_id);
         let mut meter = Meter::new(Arc::clone(&self.app.fleet.metrics));
-        let mut generation = self.start(request, &mut meter).await.map_err(|error| {
+        // Every message of the answer has it.
+        let started = if id.len() > MOST_ID {
+            Err(Error::invalid("request_id", format!("request_id has at most {MOST_ID} bytes: {}", id.len())))
+        } else {
+            self.start(request, &mut meter).await
+        };
+        let mut generation = started.map_err(|error| {
             meter.ended(error.status());
             Status::from(error)
         })?;
@@ -152,7 +165,7 @@ impl router_server::Router for Service {
 
     async fn route(&self, request: Request<proto::RouteRequest>) -> Result<Response<proto::Decision>, Status> {
         let request = request.into_inner();
-        let pool = self.app.fleet.pool(&request.model)?;
+        let pool = self.pool(&request.model)?;
         let prompt = ids_of(&pool, request.prompt).await?;
         Ok(Response::new(pool.route(prompt).await?))
     }

@@ -32,7 +32,8 @@ pub async fn ask(args: &HealthArgs) -> Result<String, String> {
     let asked = tokio::time::timeout(Duration::from_secs(args.timeout_secs), asked).await;
     match asked.unwrap_or_else(|_| Err(format!("no answer within {} s", args.timeout_secs))) {
         Ok(()) => Ok(format!("ready: {url}")),
-        Err(why) => Err(format!("not ready: {url}: {why}")),
+        // Whoever answers there may say anything: a terminal is to show it, not to obey it.
+        Err(why) => Err(format!("not ready: {url}: {}", why.replace(char::is_control, "?"))),
     }
 }
 

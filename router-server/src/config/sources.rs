@@ -129,7 +129,12 @@ fn read(path: &Path) -> Result<Map<String, Value>, String> {
     }
     let text = std::fs::read_to_string(path).map_err(|error| format!("{shown}: cannot read it: {error}"))?;
     if is("toml") {
-        toml::from_str(&text).map_err(|error| format!("{shown}: {}", error.to_string().trim_end()))
+        // In full the error quotes the line, which may have a secret in it.
+        toml::from_str(&text).map_err(|error: toml::de::Error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let (line, last) = (before.split('\n').count(), before.rsplit('\n').next().unwrap_or_default());
+            format!("{shown}: line {line}, column {}: {}", last.chars().count() + 1, error.message())
+        })
     } else {
         // An empty document is null. YAML's own mapping refuses a key that is there twice, JSON's would take the last.
         let entries: Option<yaml_serde::Mapping> =
@@ -151,6 +156,7 @@ fn texts(arg: &Arg, value: &Value) -> Result<Vec<OsString>, String> {
         Value::Array(_) | Value::Object(_) => Err("it is one value, not a list or a section".to_owned()),
     };
     match value {
+        Value::Array(all) if all.is_empty() => Err("it is empty".to_owned()),
         Value::Array(all) if matches!(arg.get_action(), ArgAction::Append) => all.iter().map(text).collect(),
         one => Ok(vec![text(one)?]),
     }
