@@ -22,6 +22,10 @@ pub struct BlockHash(pub u64);
 pub fn hash_blocks(root: BlockHash, ids: &[u32], size: BlockSize) -> Vec<BlockHash> {
     let size = size.get() as usize;
     let mut hashes = Vec::with_capacity(ids.len() / size);
+    // A block size may be a stranger's, and of any size.
+    if ids.len() < size {
+        return Vec::new();
+    }
     let mut bytes = vec![0; size * 4];
     let mut parent = root;
     for block in ids.chunks_exact(size) {
@@ -66,6 +70,11 @@ mod tests {
         let again = hash_blocks(hashes[0], &(16..32).collect::<Vec<u32>>(), size(16));
         assert_eq!(hashes[1], again[0]);
         assert_ne!(hash_blocks(BlockHash(1), &[0; 16], size(16)), hash_blocks(BlockHash(0), &[0; 16], size(16)));
+    }
+
+    #[test]
+    fn a_block_larger_than_all_memory_is_never_whole() {
+        assert!(hash_blocks(BlockHash(0), &[0; 16], size(u32::MAX)).is_empty());
     }
 
     #[test]

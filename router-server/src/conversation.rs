@@ -192,9 +192,13 @@ impl Turn {
     }
 
     /// The answer has ended: when its text comes back as a part of the conversation, it has the ids that were generated.
+    /// Takes as long as tokenising it.
     ///
-    /// A token without a text that ended it is left to the template, which puts it there. If there is such a token
-    /// inside, text alone does not say what was generated, and nothing is learned.
+    /// A token without a text that ended it is left to the template, which puts it there. What is learned is for all who
+    /// send this text after that conversation, so it must say no more and no less than the text does: where text alone
+    /// does not tell what was generated, nothing is learned. That is so if there is a token without a text inside; if
+    /// bytes were no character, because their sign is a character itself; and if letters spell an added token, because
+    /// what was said would become a border between messages, or the other way round.
     pub fn learn(self) {
         let tokenizer = &self.tokenizer;
         let answer = match &self.answer[..] {
@@ -208,7 +212,14 @@ impl Turn {
         let ids = [&self.last.ids, answer].concat();
         let read = tokenizer.decode(&ids);
         let Some(text) = read.strip_prefix(&tokenizer.decode(&self.last.ids)) else { return };
+        if text.contains(char::REPLACEMENT_CHARACTER) {
+            return;
+        }
         let text = [&self.last.text, text].concat();
+        let added = |ids: &[u32]| ids.iter().copied().filter(|id| tokenizer.is_added(*id)).collect::<Vec<u32>>();
+        if !tokenizer.encode(&text, false).is_ok_and(|own| added(&own) == added(&ids)) {
+            return;
+        }
         let hash = chain(self.before, &text);
         self.conversations.put(vec![(hash, Arc::new(Piece { text: text.into(), ids: ids.into() }))]);
     }

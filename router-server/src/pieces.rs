@@ -47,9 +47,9 @@ impl Pieces {
 
     /// The bytes of a token; `None` for an id without one.
     pub fn bytes(&self, id: u32) -> Option<Vec<u8>> {
-        let tokenizer = &self.tokenizer.as_ref()?.inner;
-        let spelled = tokenizer.id_to_token(id)?;
-        if tokenizer.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id) {
+        let tokenizer = self.tokenizer.as_ref()?;
+        let spelled = tokenizer.inner.id_to_token(id)?;
+        if tokenizer.is_added(id) {
             return Some(spelled.into_bytes());
         }
         Some(match self.spelling {

@@ -50,8 +50,8 @@ impl StopMatcher {
     /// Bytes at the end of the held text that may be the beginning of a stop string.
     fn undecided(&self) -> usize {
         let longest = |stop: &String| {
-            let borders = stop.char_indices().map(|(at, _)| at).skip(1);
-            borders.filter(|&at| self.held.ends_with(&stop[..at])).max().unwrap_or(0)
+            let borders = stop.char_indices().map(|(at, _)| at).skip(1).take_while(|at| *at <= self.held.len());
+            borders.filter(|&at| self.held.ends_with(&stop[..at])).last().unwrap_or(0)
         };
         self.stops.iter().map(longest).max().unwrap_or(0)
     }

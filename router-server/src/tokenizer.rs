@@ -8,7 +8,7 @@ use tokenizers::{Encoding, Token};
 use crate::boundaries::Boundaries;
 
 /// The sign that stands for bytes that are no character (yet).
-const REPLACEMENT: char = '\u{FFFD}';
+const REPLACEMENT: char = char::REPLACEMENT_CHARACTER;
 /// Ids that may wait for the rest of their character. No character has more than four bytes, so a longer wait means
 /// that the bytes are no text: they are given out as they are.
 const MOST_PENDING: usize = 32;
@@ -128,6 +128,11 @@ impl Tokenizer {
     /// How the vocabulary writes an id; nothing for one that it does not have.
     pub fn token(&self, id: u32) -> String {
         self.inner.id_to_token(id).unwrap_or_default()
+    }
+
+    /// Whether this id is an added token's: such tokens are taken out of a text whole, whatever stands around them.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
     }
 
     /// Whether decoding leaves this id out wherever it stands.

@@ -275,6 +275,30 @@ fn the_next_turn_has_the_ids_that_were_generated() {
     assert_eq!(ids, tokenizer.encode(&other, false).unwrap());
 }
 
+/// Whoever sends this text means what it says: a message that is empty and the next, or a sign that is one.
+#[test]
+fn an_answer_that_its_text_does_not_tell_is_not_learned() {
+    let tokenizer = tokenizer(&airline());
+    let split = tokenizer.split().unwrap();
+    let letters = |text: &str| -> Vec<u32> {
+        text.chars().flat_map(|c| tokenizer.encode(&c.to_string(), false).unwrap()).collect()
+    };
+    let half = tokenizer.encode("é", false).unwrap()[..1].to_vec();
+    let prompt = "<|user|>Hi<|end|><|assistant|>";
+    for (answer, text) in
+        [(letters("<|end|><|user|>Bye"), "<|end|><|user|>Bye"), ([letters("a"), half].concat(), "a\u{fffd}")]
+    {
+        assert_eq!(tokenizer.decode(&answer), text);
+        let conversations = Arc::new(Conversations::default());
+        let mut turn = conversations.encode(&tokenizer, split, prompt).unwrap().1.unwrap();
+        turn.push(&answer);
+        turn.learn();
+        let next = format!("{prompt}{text}<|end|>");
+        let (ids, _) = conversations.encode(&tokenizer, split, &next).unwrap();
+        assert_eq!(ids, tokenizer.encode(&next, false).unwrap(), "{text}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_second_turn_finds_the_first_ones_answer_in_the_cache() {
     let worker = Worker::start("").await;
