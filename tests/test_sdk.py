@@ -30,7 +30,7 @@ from scls_router import AsyncClient, Client, RetryPolicy, errors, hash_blocks, r
 from scls_router._proto import common_pb2 as common
 from scls_router._proto import router_pb2 as pb
 from scls_router._proto import router_pb2_grpc
-from scls_router._request import packed_ids
+from scls_router._request import generate_request, packed_ids
 from scls_router._retry import Attempts, Budget
 
 MOCK = ["--served-name", "tiny", "--vocab", "2560", "--tokenizer", str(MODEL)]
@@ -156,6 +156,14 @@ def test_route_and_workers(client: Any, mock: Router) -> None:
         ({"min_tokens": 9, "max_tokens": 8}, errors.InvalidRequest, "min_tokens"),
         ({"stop": ""}, errors.InvalidRequest, "stop"),
         ({"stop_token_ids": [2560]}, errors.InvalidRequest, "stop_token_ids"),
+        # What the message itself cannot hold.
+        ({"top_k": -1}, errors.InvalidRequest, "top_k"),
+        ({"logprobs": -1}, errors.InvalidRequest, "logprobs"),
+        ({"max_tokens": 2**40}, errors.InvalidRequest, "max_tokens"),
+        ({"n": 2**40}, errors.InvalidRequest, "n"),
+        ({"stop_token_ids": [-1]}, errors.InvalidRequest, "stop_token_ids"),
+        ({"logit_bias": {-1: 1.0}}, errors.InvalidRequest, "logit_bias"),
+        ({"prompt": "\ud800"}, errors.InvalidRequest, "prompt"),
         ({"max_token": 3}, TypeError, None),
         ({"prompt": [1.5]}, TypeError, None),
         ({"prompt": np.zeros(3)}, TypeError, None),
@@ -179,6 +187,78 @@ def test_the_reason_is_the_one_of_http(client: Any) -> None:
     with pytest.raises(errors.NotFound) as missing:
         client.generate([5], model="x" * 100_000)
     assert missing.value.reason == "model_not_found" and len(str(missing.value)) < 1000
+
+
+def test_an_argument_of_a_wrong_type_is_named() -> None:
+    for name, value in [("top_p", "a"), ("model", 5), ("stop", [1]), ("logit_bias", {"5": 1.0}), ("n", 1.5)]:
+        with pytest.raises(TypeError, match=name):
+            generate_request([5], **{"model": "m", name: value})
+    with pytest.raises(TypeError, match="integer"):
+        generate_request([5], model="m", seed="a")  # type: ignore[arg-type]
+
+
+def test_what_is_not_given_is_not_greedy() -> None:
+    assert generate_request([5], model="m").sampling.temperature == 1.0
+    assert generate_request([5], model="m", temperature=None).sampling.temperature == 1.0
+    assert generate_request([5], model="m", temperature=0).sampling.temperature == 0.0
+
+
+def test_a_key_that_no_header_holds_is_not_shown(kind: Any) -> None:
+    for key in ("secret\n", "sécret"):
+        with pytest.raises(ValueError, match="api_key") as error:
+            kind("127.0.0.1:1", api_key=key)
+        assert "cret" not in str(error.value)
+
+
+def test_closing_ends_what_runs_and_what_comes_later(mock: Router) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 1000, "ignore_eos": True}
+    client = Client(mock.addresses["grpc"], timeout=30)
+    stream = client.stream([6, 9], **asked)
+    next(stream)
+    client.close()
+    with pytest.raises(errors.Cancelled):
+        list(stream)
+    for call in (client.workers, lambda: client.generate([5], **asked), lambda: next(client.stream([5], **asked))):
+        with pytest.raises(errors.Cancelled):
+            call()
+    mock.wait_drained(2)
+
+
+def test_closing_an_asyncio_client_cancels_calls_and_not_tasks() -> None:
+    called = threading.Semaphore(0)
+
+    class Hangs(router_pb2_grpc.RouterServicer):
+        def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
+            called.release()
+            while context.is_active():
+                time.sleep(0.01)
+            yield from ()
+
+        def Route(self, request: pb.RouteRequest, context: grpc.ServicerContext) -> pb.Decision:
+            called.release()
+            while context.is_active():
+                time.sleep(0.01)
+            return pb.Decision()
+
+    async def close(target: str) -> None:
+        client = AsyncClient(target, timeout=30)
+        tasks = [asyncio.create_task(ask([5], model="m")) for ask in (client.generate, client.route)]
+        for _ in tasks:
+            await asyncio.to_thread(called.acquire, timeout=10)
+        await client.close()
+        for task in tasks:
+            with pytest.raises(errors.Cancelled):
+                await task
+        never_used = AsyncClient(target)
+        await never_used.close()
+        for closed in (client, never_used):
+            with pytest.raises(errors.Cancelled):
+                await closed.workers()
+            with pytest.raises(errors.Cancelled):
+                await closed.generate([5], model="m")
+
+    with serving(Hangs()) as target:
+        asyncio.run(close(target))
 
 
 def test_leaving_a_stream_frees_its_rows(client: Any, mock: Router) -> None:
@@ -239,7 +319,7 @@ def test_closing_ends_a_stream_with_an_error_of_ours(kind: Any, mock: Router) ->
         list(pieces)
     mock.wait_drained()
     for call in (lambda: client.generate([5], model="tiny"), lambda: list(client.stream([5], model="tiny"))):
-        with pytest.raises(ValueError, match="the client is closed"):
+        with pytest.raises(errors.Cancelled, match="the client is closed"):
             call()
 
 
@@ -443,6 +523,13 @@ def test_attempts_end_before_the_deadline() -> None:
         Attempts(policy, Budget(policy), 5.0).pause(late)
     assert Attempts(policy, Budget(policy), math.inf).pause(late) >= 10.0
     assert Attempts(policy, Budget(policy), math.inf).left() is None
+    assert Attempts(policy, Budget(policy), 1e300).left() is None
+
+
+def test_retries_without_end() -> None:
+    policy = RetryPolicy(attempts=10**9, backoff=0.001, most_backoff=0.002, bucket=math.inf)
+    attempts = Attempts(policy, Budget(policy), math.inf)
+    assert all(attempts.pause(errors.Unavailable("x", "UNAVAILABLE")) <= 0.002 for _ in range(2000))
 
 
 @pytest.mark.parametrize(
@@ -461,6 +548,8 @@ def test_attempts_end_before_the_deadline() -> None:
         lambda ids: array("q", ids),
         lambda ids: array("I", ids).tobytes(),
         lambda ids: memoryview(array("I", ids)),
+        lambda ids: bytearray(array("I", ids).tobytes()),
+        lambda ids: memoryview(array("I", ids).tobytes()),
         lambda ids: memoryview(np.repeat(np.array(ids, np.uint32), 2))[::2],
         lambda ids: range(ids[0], ids[-1] + 1),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from scls_router._request import MOST_MESSAGE
-from scls_router.errors import SclsError, from_status
+from scls_router.errors import Cancelled, SclsError, from_status
 
 OPTIONS: list[tuple[str, int]] = [
     # Finds out within half a minute that the other end is gone, even while it has nothing to say for long.
@@ -26,8 +26,15 @@ def address(target: str) -> str:
 
 
 def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes with every call."""
+    """What goes with every call. Raises ValueError for a key that no header can hold, without showing it."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("api_key has characters that no header holds: a line break at its end, perhaps")
     return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def closed() -> Cancelled:
+    """The error of a call that the closing of its client ended, or came before."""
+    return Cancelled("the client is closed", "CANCELLED")
 
 
 def error_of(error: Any) -> SclsError:

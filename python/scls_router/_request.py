@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
+
+from google.protobuf.message import Message
 
 from scls_router._proto import common_pb2 as common
 from scls_router._proto import router_pb2 as pb
@@ -14,6 +17,8 @@ from scls_router.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Required
+
+M = TypeVar("M", bound=Message)
 
 # What the router takes; it would refuse a longer one as a whole, after all of it was sent.
 MOST_MESSAGE = 16 << 20
@@ -43,7 +48,7 @@ class Options(TypedDict, total=False):
 
     model: Required[str]
     max_tokens: int | None
-    temperature: float
+    temperature: float | None
     top_k: int
     top_p: float | None
     min_p: float | None
@@ -66,7 +71,7 @@ def generate_request(
     *,
     model: str,
     max_tokens: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int = 0,
     top_p: float | None = None,
     min_p: float | None = None,
@@ -88,8 +93,10 @@ def generate_request(
         raise _invalid("max_tokens", f"max_tokens must be at least 1: {max_tokens}")
     if n < 1:
         raise _invalid("n", f"n must be at least 1: {n}")
-    sampling = common.Sampling(
-        temperature=temperature,
+    sampling = _message(
+        common.Sampling,
+        # Of the contract 0 is the default, which is greedy.
+        temperature=1.0 if temperature is None else temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
@@ -97,15 +104,20 @@ def generate_request(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         # A retry draws what the first call would have drawn.
-        seed=random.getrandbits(64) if seed is None else seed % 2**64,
+        seed=random.getrandbits(64) if seed is None else operator.index(seed) % 2**64,
         logit_bias=logit_bias,
         logprobs=logprobs,
     )
-    limits = common.Limits(
-        max_tokens=max_tokens or 0, min_tokens=min_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids
+    limits = _message(
+        common.Limits,
+        max_tokens=max_tokens or 0,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+        stop_token_ids=stop_token_ids,
     )
     return _bounded(
-        pb.GenerateRequest(
+        _message(
+            pb.GenerateRequest,
             model=model,
             prompt=_prompt(prompt),
             sampling=sampling,
@@ -119,7 +131,7 @@ def generate_request(
 
 def route_request(prompt: Prompt, *, model: str) -> pb.RouteRequest:
     """The message that asks for a decision alone."""
-    return _bounded(pb.RouteRequest(model=model, prompt=_prompt(prompt)))
+    return _bounded(_message(pb.RouteRequest, model=model, prompt=_prompt(prompt)))
 
 
 def packed_ids(ids: Any) -> bytes:
@@ -130,7 +142,7 @@ def packed_ids(ids: Any) -> bytes:
     """
     if hasattr(ids, "detach"):
         ids = ids.detach().cpu().numpy()
-    if isinstance(ids, bytes | bytearray):
+    if isinstance(ids, bytes | bytearray) or (isinstance(ids, memoryview) and ids.format == "B"):
         if len(ids) % 4:
             raise _invalid("prompt", f"{len(ids)} bytes are no token ids of four bytes each")
         return bytes(ids)
@@ -162,21 +174,31 @@ def _packed_numpy(ids: Any) -> bytes:
 
 def _prompt(prompt: Any) -> pb.Prompt:
     if isinstance(prompt, str):
-        return pb.Prompt(text=prompt)
+        return _message(pb.Prompt, text=prompt)
     return pb.Prompt(ids=common.TokenIds(le_u32=packed_ids(prompt)))
+
+
+def _message(kind: Callable[..., M], **fields: Any) -> M:
+    """A message of these fields. Protobuf does not say which of them it cannot hold."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError):
+        for name, value in fields.items():
+            try:
+                kind(**{name: value})
+            except ValueError as error:
+                name = "prompt" if name == "text" else name
+                raise _invalid(name, f"{name} cannot be sent: {error}") from None
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}") from None
+        raise
 
 
 def _invalid(field: str, message: str) -> InvalidRequest:
     return InvalidRequest(message, "INVALID_ARGUMENT", None, field)
 
 
-if TYPE_CHECKING:
-    from typing import TypeVar
-
-    Message = TypeVar("Message", pb.GenerateRequest, pb.RouteRequest)
-
-
-def _bounded(request: Message) -> Message:
+def _bounded(request: M) -> M:
     if (size := request.ByteSize()) > MOST_MESSAGE:
         raise _invalid("prompt", f"the request is too large: {size} bytes\nthe router takes {MOST_MESSAGE}")
     return request

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from scls_router.errors import SclsError
 
-# Seconds, some thirty years: past about 2**33 gRPC's own arithmetic overflows and the call fails at once.
-MOST_TIMEOUT = 1e9
+ENDLESS = 1e9  # seconds
 RETRIED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 
 
@@ -31,7 +30,7 @@ class RetryPolicy:
         backoff: longest pause before the second call, in seconds; it doubles with each. The pause is drawn evenly
             from 0 to that, and what the router asked for comes on top.
         most_backoff: what it doubles up to, in seconds.
-        bucket: tokens in a full bucket.
+        bucket: tokens in a full bucket; `math.inf` for retries without a budget.
         refill: tokens that a success puts back.
     """
 
@@ -47,19 +46,20 @@ class Budget:
 
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
-        self._tokens = policy.bucket
+        # Not what is left: half of an endless bucket is no less than all of it.
+        self._spent = 0.0
         self._lock = threading.Lock()
 
     def failed(self) -> bool:
         """Counts a failure. Whether there may be a retry."""
         with self._lock:
-            self._tokens = max(0.0, self._tokens - 1)
-            return self._tokens > self._policy.bucket / 2
+            self._spent = min(self._policy.bucket, self._spent + 1)
+            return self._spent < self._policy.bucket / 2
 
     def succeeded(self) -> None:
         """Counts a success."""
         with self._lock:
-            self._tokens = min(self._policy.bucket, self._tokens + self._policy.refill)
+            self._spent = max(0.0, self._spent - self._policy.refill)
 
 
 class Attempts:
@@ -71,7 +71,8 @@ class Attempts:
             raise ValueError(f"timeout must be more than 0 seconds: {timeout}")
         self._policy = policy
         self._budget = budget
-        self._deadline = time.monotonic() + (timeout if timeout < MOST_TIMEOUT else math.inf)
+        # What gRPC cannot count to is for ever.
+        self._deadline = time.monotonic() + timeout if timeout < ENDLESS else math.inf
         self._made = 0
 
     def left(self) -> float | None:
@@ -90,7 +91,8 @@ class Attempts:
         allowed = self._budget.failed()
         if not allowed or self._made >= self._policy.attempts:
             raise error
-        ceiling = min(self._policy.most_backoff, self._policy.backoff * 2.0 ** (self._made - 1))
+        doubled = self._policy.backoff * 2.0 ** min(self._made - 1, 60)
+        ceiling = min(self._policy.most_backoff, doubled)
         pause = (error.retry_after or 0.0) + random.uniform(0, ceiling)
         left = self.left()
         if left is not None and pause >= left:

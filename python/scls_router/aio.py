@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,11 +13,10 @@ import grpc
 import grpc.aio
 
 from scls_router import _answers, _request
-from scls_router._channel import OPTIONS, address, error_of, metadata
+from scls_router._channel import OPTIONS, address, closed, error_of, metadata
 from scls_router._proto import router_pb2 as pb
 from scls_router._proto.router_pb2_grpc import RouterStub
 from scls_router._retry import Attempts, Budget, RetryPolicy
-from scls_router.errors import SclsError, from_status
 from scls_router.results import Completion, Piece, RouteDecision, WorkerStatus
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ class AsyncClient:
         """
         request = _request.generate_request(prompt, **options)
         collector = _answers.collector(request)
-        async for piece in self._pieces(request, timeout):
-            collector.add(piece)
+        async with aclosing(self._pieces(request, timeout)) as pieces:
+            async for piece in pieces:
+                collector.add(piece)
         return collector.completion()
 
     def stream(
@@ -100,7 +101,7 @@ class AsyncClient:
         return _answers.workers(await self._call(self._stub.ListWorkers, pb.ListWorkersRequest(), timeout))
 
     async def close(self) -> None:
-        """Closes the connection; what still runs fails with `Cancelled`, what comes later with `ValueError`."""
+        """Closes the connection; what still runs, or is asked later, fails with `Cancelled`."""
         self._closed = True
         if self._channel is not None:
             await self._channel.close(None)
@@ -113,14 +114,10 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    @property
+    @cached_property
     def _stub(self) -> Any:
         if self._closed:
-            raise ValueError("the client is closed")
-        return self._open_stub
-
-    @cached_property
-    def _open_stub(self) -> Any:
+            raise closed()
         # Not in the constructor: a channel belongs to the loop that runs when it is made.
         self._channel = grpc.aio.insecure_channel(self._target, options=OPTIONS)
         return RouterStub(self._channel)  # type: ignore[no-untyped-call]
@@ -128,21 +125,20 @@ class AsyncClient:
     def _attempts(self, timeout: float | None) -> Attempts:
         return Attempts(self._policy, self._budget, self._timeout if timeout is None else timeout)
 
-    def _closing(self) -> SclsError:
-        """What a `CancelledError` stands for that `close` caused; of a task that was cancelled it goes on.
+    def _begin(self, method: Callable[..., T], request: object, attempts: Attempts) -> T:
+        if self._closed:
+            raise closed()
+        return method(request, timeout=attempts.left(), metadata=self._metadata)
 
-        grpc.aio ends the calls of a channel that is closed as if their tasks had been cancelled.
-        """
-        task = asyncio.current_task()
-        cancelling = getattr(task, "cancelling", int)  # before Python 3.11 a task does not say
-        if not self._closed or cancelling():
-            raise
-        return from_status("CANCELLED", "the client was closed", {})
+    def _was_closed(self) -> bool:
+        """Whether a call was cancelled by `close` and not with its task, which before Python 3.11 cannot tell."""
+        task: Any = asyncio.current_task()
+        return self._closed and not (hasattr(task, "cancelling") and task.cancelling())
 
     async def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Piece, None]:
         attempts = self._attempts(timeout)
         while True:
-            call = self._stub.Generate(request, timeout=attempts.left(), metadata=self._metadata)
+            call = self._begin(self._stub.Generate, request, attempts)
             came = False
             try:
                 async for answer in call:
@@ -152,8 +148,10 @@ class AsyncClient:
                 return
             except grpc.RpcError as error:
                 failure = error_of(error)
-            except asyncio.CancelledError:
-                failure = self._closing()
+            except (asyncio.CancelledError, grpc.aio.UsageError):
+                if self._was_closed():
+                    raise closed() from None
+                raise
             finally:
                 # Also of a caller who left the loop. Of a call that ended it changes nothing.
                 call.cancel()
@@ -165,11 +163,13 @@ class AsyncClient:
         attempts = self._attempts(timeout)
         while True:
             try:
-                answer = await method(request, timeout=attempts.left(), metadata=self._metadata)
+                answer = await self._begin(method, request, attempts)
             except grpc.RpcError as error:
                 failure = error_of(error)
-            except asyncio.CancelledError:
-                failure = self._closing()
+            except (asyncio.CancelledError, grpc.aio.UsageError):
+                if self._was_closed():
+                    raise closed() from None
+                raise
             else:
                 attempts.succeeded()
                 return answer

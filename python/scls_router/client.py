@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from scls_router import _answers, _request
-from scls_router._channel import OPTIONS, address, error_of, metadata
+from scls_router._channel import OPTIONS, address, closed, error_of, metadata
 from scls_router._proto import router_pb2 as pb
 from scls_router._proto.router_pb2_grpc import RouterStub
 from scls_router._retry import Attempts, Budget, RetryPolicy
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class Client:
-    """A router over gRPC. One client serves any number of threads, over one connection.
+    """A router over gRPC. One client serves any number of threads, over one connection; a forked process needs its own.
 
     Example:
         >>> from scls_router import Client
@@ -57,9 +58,9 @@ class Client:
         self._policy = retry or RetryPolicy()
         self._budget = Budget(self._policy)
         self._metadata = metadata(api_key)
-        self._channel = grpc.insecure_channel(address(target), options=OPTIONS)
-        self._open_stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
         self._closed = False
+        self._channel = grpc.insecure_channel(address(target), options=OPTIONS)
+        self._stub: Any = RouterStub(self._channel)  # type: ignore[no-untyped-call]
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Completion:
         """Generates and waits for the end.
@@ -92,13 +93,16 @@ class Client:
             InvalidRequest: a value is out of range, or prompt and limit pass the context; `field` says which.
             ModelNotFound: no such model.
             Overloaded, Unavailable, WorkerFailed: also after the retries.
+            Cancelled: the client is closed, or was meanwhile.
             DeadlineExceeded: it took longer than `timeout`. The router has ended it too.
             TypeError: an argument of the wrong type, or that does not exist.
+            ValueError: `timeout` is not above 0.
         """
         request = _request.generate_request(prompt, **options)
         collector = _answers.collector(request)
-        for piece in self._pieces(request, timeout):
-            collector.add(piece)
+        with closing(self._pieces(request, timeout)) as pieces:
+            for piece in pieces:
+                collector.add(piece)
         return collector.completion()
 
     def stream(
@@ -156,7 +160,7 @@ class Client:
         return _answers.workers(self._call(self._stub.ListWorkers, pb.ListWorkersRequest(), timeout))
 
     def close(self) -> None:
-        """Closes the connection; what still runs fails with `Cancelled`, what comes later with `ValueError`."""
+        """Closes the connection; what still runs, or is asked later, fails with `Cancelled`."""
         self._closed = True
         self._channel.close()
 
@@ -168,19 +172,21 @@ class Client:
     ) -> None:
         self.close()
 
-    @property
-    def _stub(self) -> Any:
-        if self._closed:
-            raise ValueError("the client is closed")
-        return self._open_stub
-
     def _attempts(self, timeout: float | None) -> Attempts:
         return Attempts(self._policy, self._budget, self._timeout if timeout is None else timeout)
+
+    def _begin(self, method: Callable[..., T], request: object, attempts: Attempts) -> T:
+        try:
+            return method(request, timeout=attempts.left(), metadata=self._metadata)
+        except ValueError:  # gRPC's, of a closed channel
+            if self._closed:
+                raise closed() from None
+            raise
 
     def _pieces(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Piece, None, None]:
         attempts = self._attempts(timeout)
         while True:
-            call = self._stub.Generate(request, timeout=attempts.left(), metadata=self._metadata)
+            call = self._begin(self._stub.Generate, request, attempts)
             came = False
             try:
                 for answer in call:
@@ -200,7 +206,7 @@ class Client:
         attempts = self._attempts(timeout)
         while True:
             try:
-                answer = method(request, timeout=attempts.left(), metadata=self._metadata)
+                answer = self._begin(method, request, attempts)
             except grpc.RpcError as error:
                 failure = error_of(error)
             else:

@@ -73,7 +73,7 @@ class DeadlineExceeded(SclsError):
 
 
 class Cancelled(SclsError):
-    """The call was cancelled: its client was closed while it ran."""
+    """The call was cancelled, or not made: its client was closed."""
 
 
 class InternalError(SclsError):
