@@ -15,6 +15,7 @@ use router_core::{
     WorkerMessage, WorkerSpec, hash_blocks,
 };
 use router_server::conversation::Conversations;
+use router_server::json::{Parsed, items};
 use router_server::request::Chat;
 use router_server::template::ChatTemplate;
 use router_server::tokenizer::Tokenizer;
@@ -80,8 +81,14 @@ impl Bench {
         }
     }
 
+    fn text(&self, messages: &[Value]) -> String {
+        let Parsed(messages) = serde_json::from_str(&Value::from(messages).to_string()).expect("JSON");
+        let messages: Vec<_> = items(&messages).collect();
+        self.template.render(&messages, None).expect("renders")
+    }
+
     fn whole(&self, messages: &[Value]) -> Vec<u32> {
-        self.tokenizer.encode(&self.template.render(messages, None).expect("renders"), false).expect("ids")
+        self.tokenizer.encode(&self.text(messages), false).expect("ids")
     }
 
     /// Dialogue after dialogue under one system message, to the user's message that fills the context, and the answer.
@@ -102,7 +109,7 @@ impl Bench {
     fn rounds(&self, messages: &[Value], answer: &str) -> (Vec<Part>, Vec<Duration>) {
         let split = self.tokenizer.split().expect("a tokenizer that can be split");
         let conversations = Arc::new(Conversations::default());
-        let first = self.template.render(messages, None).expect("renders");
+        let first = self.text(messages);
         let (prompt, turn) = conversations.encode(&self.tokenizer, split, &first).expect("ids");
         let mut turn = turn.expect("a turn");
         let generated = self.tokenizer.encode(answer, false).expect("ids");

@@ -29,6 +29,7 @@ pub mod generation;
 pub mod grpc;
 pub mod health;
 pub mod http;
+pub mod json;
 pub mod link;
 pub mod messages;
 pub mod meter;

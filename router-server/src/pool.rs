@@ -160,8 +160,8 @@ impl Pool {
     /// Ids of a conversation that came in so many bytes, and where the answer to it will stand.
     pub async fn encode_chat(
         &self,
-        messages: Vec<Json>,
-        tools: Option<Json>,
+        messages: Vec<minijinja::Value>,
+        tools: Option<minijinja::Value>,
         bytes: usize,
     ) -> Result<(Vec<u32>, Option<Turn>), Error> {
         if self.text.tokenizer.is_none() || self.text.template.is_none() {

@@ -7,13 +7,11 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
-use crate::fields::{Fields, is_known, wrong};
-use crate::messages::{check_message, check_tool};
+use crate::fields::{Fields, is_known};
+use crate::json::Parsed;
+use crate::messages::{check_messages, check_tools};
 use crate::prompt::{MOST_PROMPTS, Prompt};
 use crate::proto::Sampling;
-
-/// Most messages of a conversation.
-const MOST_MESSAGES: usize = 65_536;
 
 /// The body of `POST /v1/completions`.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,10 +29,10 @@ pub struct Completion {
 pub struct Chat {
     /// The model's name.
     pub model: String,
-    /// The conversation, each message an object with a role.
-    pub messages: Vec<Value>,
+    /// The conversation, each message an object with a role, as a template reads it.
+    pub messages: Vec<minijinja::Value>,
     /// Tool schemas for the template.
-    pub tools: Option<Value>,
+    pub tools: Option<minijinja::Value>,
     /// All else.
     pub params: Params,
 }
@@ -69,10 +67,12 @@ pub struct Params {
     pub return_token_ids: bool,
 }
 
-/// A body as it was parsed: the prompt apart, by its own parser. What is in a field that nobody knows is not kept: as
+/// A body as it was parsed: what may be long apart, by parsers of their own. What is in a field that nobody knows is not kept: as
 /// JSON values it could take many times its size.
 struct Body {
     prompt: Option<Prompt>,
+    messages: Option<Parsed>,
+    tools: Option<Parsed>,
     /// The first field that is not known and not null.
     unknown: Option<String>,
     fields: Map<String, Value>,
@@ -87,14 +87,20 @@ impl<'de> Deserialize<'de> for Body {
                 f.write_str("an object")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
-                let mut body = Body { prompt: None, unknown: None, fields: Map::new() };
+                let mut body = Body { prompt: None, messages: None, tools: None, unknown: None, fields: Map::new() };
                 while let Some(key) = map.next_key::<String>()? {
-                    if key == "prompt" {
-                        body.prompt = Some(map.next_value()?);
-                    } else if is_known(&key) {
-                        body.fields.insert(key, map.next_value()?);
-                    } else if map.next_value::<Option<IgnoredAny>>()?.is_some() && body.unknown.is_none() {
-                        body.unknown = Some(key.chars().take(64).collect());
+                    match key.as_str() {
+                        "prompt" => body.prompt = Some(map.next_value()?),
+                        "messages" => body.messages = map.next_value()?,
+                        "tools" => body.tools = map.next_value()?,
+                        name if is_known(name) => {
+                            body.fields.insert(key, map.next_value()?);
+                        }
+                        name => {
+                            if map.next_value::<Option<IgnoredAny>>()?.is_some() && body.unknown.is_none() {
+                                body.unknown = Some(name.chars().take(64).collect());
+                            }
+                        }
                     }
                 }
                 Ok(body)
@@ -140,6 +146,9 @@ impl Completion {
         }
         body.unknown.map_or(Ok(()), |name| Err(Error::unsupported(name)))?;
         fields.nothing_else(params.n)?;
+        for (name, given) in [("messages", body.messages), ("tools", body.tools)] {
+            given.map_or(Ok(()), |_| Err(Error::unsupported(name)))?;
+        }
         Ok(Self { model, prompts, params })
     }
 }
@@ -153,25 +162,11 @@ impl Chat {
         }
         let mut fields = Fields(body.fields);
         let model = fields.model()?;
-        let messages = match fields.take("messages") {
-            None => return Err(Error::invalid("messages", "the messages are missing")),
-            Some(Value::Array(messages)) => messages,
-            Some(other) => return Err(wrong("messages", "a list", &other)),
+        let Some(Parsed(messages)) = body.messages else {
+            return Err(Error::invalid("messages", "the messages are missing"));
         };
-        if messages.is_empty() || messages.len() > MOST_MESSAGES {
-            let message = format!("there must be 1 to {MOST_MESSAGES} messages: {}", messages.len());
-            return Err(Error::invalid("messages", message));
-        }
-        messages.iter().enumerate().try_for_each(|(at, message)| check_message(at, message))?;
-        let tools = match fields.take("tools") {
-            None => None,
-            Some(Value::Array(tools)) if tools.is_empty() => None,
-            Some(Value::Array(tools)) => {
-                tools.iter().enumerate().try_for_each(|(at, tool)| check_tool(at, tool))?;
-                Some(Value::Array(tools))
-            }
-            Some(other) => return Err(wrong("tools", "a list", &other)),
-        };
+        let messages = check_messages(&messages)?;
+        let tools = body.tools.map_or(Ok(None), |Parsed(tools)| check_tools(tools))?;
         // Told to call none, the model is not told of them.
         let mute = fields.0.get("tool_choice") == Some(&json!("none"));
         if mute {

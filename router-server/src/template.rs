@@ -3,11 +3,11 @@
 //! Renders like transformers does (`trim_blocks`, `lstrip_blocks`, its `tojson`, `raise_exception`, `strftime_now`),
 //! in a sandbox without loaders and with a limit on work. Knows one template; does not know HTTP or tokens.
 
-use std::sync::Arc;
-
-use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, syntax::SyntaxConfig};
 use serde_json::Value as Json;
+
+use crate::json::{Parsed, items, member, members};
 
 /// Instructions a rendering may take. A conversation of a thousand long messages takes far less.
 const FUEL: u64 = 5_000_000;
@@ -90,12 +90,13 @@ impl ChatTemplate {
         source.map(|source| Self::new(source, config)).transpose()
     }
 
-    /// The prompt for a conversation, ready for the assistant's next message.
-    pub fn render(&self, messages: &[Json], tools: Option<&Json>) -> Result<String, TemplateError> {
-        let messages: Value = messages.iter().map(|message| self.message(message)).collect();
+    /// The prompt for a conversation, ready for the assistant's next message. Messages and tools are
+    /// [`Parsed`] from JSON.
+    pub fn render(&self, messages: &[Value], tools: Option<&Value>) -> Result<String, TemplateError> {
+        let messages: Vec<Value> = messages.iter().map(|message| self.message(message)).collect();
         let own = [
-            ("messages".to_owned(), messages),
-            ("tools".to_owned(), tools.map_or(Value::from(()), to_value)),
+            ("messages".to_owned(), Value::from(messages)),
+            ("tools".to_owned(), tools.map_or(Value::from(()), Value::clone)),
             ("documents".to_owned(), Value::from(())),
             ("add_generation_prompt".to_owned(), Value::from(true)),
         ];
@@ -110,54 +111,37 @@ impl ChatTemplate {
         })
     }
 
-    /// A message in the form this template was written for. Long texts are copied once, into the template's values.
-    fn message(&self, message: &Json) -> Value {
-        let Some(fields) = message.as_object() else { return to_value(message) };
-        let field = |name: &str, value: &Json| match value {
-            Json::Array(parts) if name == "content" && self.parts == Parts::Joined => {
-                let texts: Vec<&str> = parts.iter().filter_map(|part| part["text"].as_str()).collect();
-                Value::from(texts.join("\n"))
-            }
-            Json::Array(calls) if name == "tool_calls" && self.arguments == Arguments::Parsed => {
-                calls.iter().map(|call| to_value(&with_arguments(call))).collect()
-            }
-            value => to_value(value),
-        };
-        let fields = fields.iter().map(|(name, value)| (Value::from(name.as_str()), field(name, value)));
-        if fields.len() > FEW { Value::from_pairs(fields) } else { Value::from_object(Message(fields.collect())) }
+    /// A message in the form this template was written for; almost always that is the message itself.
+    fn message(&self, message: &Value) -> Value {
+        let list = |name| member(message, name).filter(|value| value.kind() == ValueKind::Seq);
+        let parts = list("content").filter(|_| self.parts == Parts::Joined);
+        let calls = list("tool_calls").filter(|_| self.arguments == Arguments::Parsed);
+        let content = parts.map(|parts| {
+            let texts: Vec<String> =
+                items(parts).filter_map(|part| Some(member(&part, "text")?.as_str()?.to_owned())).collect();
+            ("content", Value::from(texts.join("\n")))
+        });
+        let calls = calls.map(|calls| {
+            let calls: Vec<Value> = items(calls).map(|call| with_arguments(&call).unwrap_or(call)).collect();
+            ("tool_calls", Value::from(calls))
+        });
+        content.into_iter().chain(calls).fold(message.clone(), |message, (name, value)| with(&message, name, value))
     }
 }
 
-/// Fields that are found sooner by looking at each than by hashing a name.
-const FEW: usize = 12;
-
-/// A message with few fields, of which templates ask often.
-#[derive(Debug)]
-struct Message(Vec<(Value, Value)>);
-
-impl Object for Message {
-    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        self.get_value_by_str(key.as_str()?)
-    }
-
-    fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
-        self.0.iter().find(|(name, _)| name.as_str() == Some(key)).map(|(_, value)| value.clone())
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Values(self.0.iter().map(|(name, _)| name.clone()).collect())
-    }
+/// The object with another value for this name.
+fn with(object: &Value, name: &str, value: Value) -> Value {
+    let mut members = members(object).cloned().unwrap_or_default();
+    members.set(Value::from(name), value);
+    Value::from_object(members)
 }
 
 /// The call with its arguments as an object, if they are the text of one.
-fn with_arguments(call: &Json) -> Json {
-    let mut call = call.clone();
-    if let Some(arguments) = call.pointer_mut("/function/arguments")
-        && let Some(Ok(parsed @ Json::Object(_))) = arguments.as_str().map(serde_json::from_str)
-    {
-        *arguments = parsed;
-    }
-    call
+fn with_arguments(call: &Value) -> Option<Value> {
+    let function = member(call, "function")?;
+    let Parsed(arguments) = serde_json::from_str(member(function, "arguments")?.as_str()?).ok()?;
+    members(&arguments)?;
+    Some(with(call, "function", with(function, "arguments", arguments)))
 }
 
 /// `bos_token` and the like, which the configuration gives as a string or as an object with its content.
@@ -216,22 +200,6 @@ fn strftime_now(format: &str) -> Result<Value, JinjaError> {
     environment.add_filter("datetimeformat", minijinja_contrib::filters::datetimeformat);
     let expression = environment.compile_expression("now|datetimeformat(format=format)")?;
     expression.eval(Value::from_pairs([("now", Value::from(now)), ("format", Value::from(format))]))
-}
-
-/// JSON to a template's value, order of keys kept.
-fn to_value(json: &Json) -> Value {
-    match json {
-        Json::Null => Value::from(()),
-        Json::Bool(b) => Value::from(*b),
-        Json::Number(n) => match (n.as_i64(), n.as_u64(), n.as_f64()) {
-            (Some(n), _, _) => Value::from(n),
-            (_, Some(n), _) => Value::from(n),
-            (_, _, n) => Value::from(n.unwrap_or(f64::NAN)),
-        },
-        Json::String(s) => Value::from(s.as_str()),
-        Json::Array(all) => all.iter().map(to_value).collect(),
-        Json::Object(all) => Value::from_pairs(all.iter().map(|(key, value)| (key.as_str(), to_value(value)))),
-    }
 }
 
 /// `json.dumps(x, ensure_ascii=False, indent=indent)`: what transformers puts in the place of jinja2's filter, which
@@ -338,14 +306,25 @@ fn write_string(text: &str, out: &mut String) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
 
-    fn render(source: &str, messages: &[Json], tools: Option<&Json>) -> Result<String, TemplateError> {
+    fn template(source: &str) -> Result<ChatTemplate, TemplateError> {
         let config =
             json!({"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": false}, "add_bos_token": true});
-        ChatTemplate::new(source, &config)?.render(messages, tools)
+        ChatTemplate::new(source, &config)
+    }
+
+    fn parsed(json: &Json) -> Value {
+        let Parsed(value) = serde_json::from_str(&json.to_string()).expect("JSON");
+        value
+    }
+
+    fn render(source: &str, messages: &[Json], tools: Option<&Json>) -> Result<String, TemplateError> {
+        let messages: Vec<Value> = messages.iter().map(parsed).collect();
+        template(source)?.render(&messages, tools.map(parsed).as_ref())
     }
 
     #[test]
@@ -377,7 +356,7 @@ mod tests {
         let few = render(source, &[message.clone()], None).expect("renders");
         let json = r#"{"role": "user", "content": "a", "n": null}"#;
         assert_eq!(few, format!("True {json} user True False False no 3 3 True role;content;n;"));
-        for i in 0..FEW {
+        for i in 0..12 {
             message[format!("x{i}")] = Json::Null;
         }
         let many = render(source, &[message], None).expect("renders");
@@ -385,6 +364,161 @@ mod tests {
             many.starts_with("True {\"role\"") && many.contains("user True False False no 15 15 True role;"),
             "{many}"
         );
+    }
+
+    /// What templates do with messages and tools, one each.
+    const USES: [&str; 38] = [
+        "{{ m.role }}{{ m['content'] }}{{ m.x1 }}{{ m['x1'] }}{{ m[1] }}{{ m[none] }}",
+        "{{ m.content.strip() }}{{ m.content | trim | upper }}{{ m['content'][:3] }}",
+        "{{ 'tool_calls' in m }}{{ 'x1' in m }}{{ 1 in m }}{{ 'x1' not in m }}",
+        "{{ m is mapping }}{{ m is iterable }}{{ m is sequence }}{{ m is string }}{{ m is none }}",
+        "{{ m.content is string }}{{ m.content is defined }}{{ m.content is none }}{{ m.no is defined }}",
+        "{{ m | tojson }}",
+        "{{ m | tojson(indent=2) }}",
+        "{{ m }}{{ m | string }}",
+        "{{ m | length }}{{ m | count }}{% if m.x1 %}yes{% endif %}{{ not m }}",
+        "{{ m.items() | list }}{% for k, v in m.items() %}{{ k }}={{ v }};{% endfor %}",
+        "{{ m.keys() | list }}{{ m.values() | list }}{{ m.get('x1') }}{{ m.get('no', 5) }}",
+        "{% for k, v in m | items %}{{ k }}={{ v }};{% endfor %}{{ m | items | tojson }}",
+        "{{ m | dictsort }}{{ m | dictsort(by='value') }}",
+        "{% for k in m %}{{ k }}:{{ m[k] }};{% endfor %}{{ m | list }}{{ m | first }}",
+        "{{ m | reverse | list }}{{ m | last }}",
+        "{{ m == messages[0] }}{{ m != messages[-1] }}{{ m in messages }}{{ m < messages[0] }}",
+        "{{ dict(m, own=1) | tojson }}{{ dict(m).role }}",
+        "{{ [m, m] | unique | list | length }}{{ messages | unique | list | length }}",
+        "{{ {'role': 'user', 'content': 'a'} == m }}{{ [m] == [messages[0]] }}",
+        "{{ m | pprint }}",
+        "{{ m | urlencode }}",
+        "{{ m.append(1) }}",
+        "{{ m.content.split('a')[0] }}{{ m.content.startswith('a') }}{{ m.content ~ m.role }}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{{ p }}{% endfor %}{% endif %}",
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}{{ c | tojson }}{{ c }}{% endfor %}",
+        "{% for c in m.tool_calls %}{% if c.function.arguments is string %}{{ c.function.arguments }}{% endif %}{% endfor %}",
+        "{% for c in m.tool_calls %}{% for k, v in c.function.arguments.items() %}{{ k }}{{ v }}{% endfor %}{% endfor %}",
+        "{% for c in m.tool_calls %}{% for k, v in c.function.arguments | items %}{{ k }}{{ v }}{% endfor %}{% endfor %}",
+        "{{ messages | map(attribute='role') | join(',') }}{{ messages | map(attribute='x1') | list }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | list }}{{ messages | rejectattr('content') | list }}",
+        "{{ messages | groupby('role') | tojson }}",
+        "{{ messages | sort(attribute='role') | tojson }}{{ messages | max(attribute='role') }}",
+        "{{ messages[1:] }}{{ messages[-1]['role'] }}{{ messages | last }}{{ messages | length }}{{ messages | sort | list }}",
+        "{% set ns = namespace(m=m) %}{{ ns.m.role }}{% set n = m %}{{ n.x1.a.b }}",
+        "{{ m.x1 + 1 }}{{ -m.x1 }}{{ m.x1 // 2 }}{{ m.x1 | int }}{{ m.x1 | abs }}{{ m.x1 * 2 }}",
+        "{{ m.x1 }}{{ m.x1 is number }}{{ m.x1 is integer }}{{ m.x1 is float }}{{ m.x1 == 1 }}{{ m.x1 | tojson }}",
+        "{% if loop.first %}{{ tools | tojson }}{{ tools }}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% endif %}",
+        "{% if loop.first and tools %}{{ tools | map(attribute='function') | list }}{{ tools[0] == tools[-1] }}{% endif %}",
+    ];
+
+    /// As values were made before they were parsed straight into a template's: by way of JSON values, into its own maps.
+    fn by_way_of_json(json: &Json) -> Value {
+        match json {
+            Json::Null => Value::from(()),
+            Json::Bool(b) => Value::from(*b),
+            Json::Number(n) => match (n.as_i64(), n.as_u64(), n.as_f64()) {
+                (Some(n), _, _) => Value::from(n),
+                (_, Some(n), _) => Value::from(n),
+                (_, _, n) => Value::from(n.expect("one of them")),
+            },
+            Json::String(s) => Value::from(s.as_str()),
+            Json::Array(all) => all.iter().map(by_way_of_json).collect(),
+            Json::Object(all) => {
+                Value::from_pairs(all.iter().map(|(key, value)| (key.as_str(), by_way_of_json(value))))
+            }
+        }
+    }
+
+    /// A message in the template's form, made from JSON.
+    fn in_its_form(template: &ChatTemplate, mut message: Json) -> Json {
+        if template.parts == Parts::Joined
+            && let Some(parts) = message["content"].as_array()
+        {
+            let texts: Vec<&str> = parts.iter().filter_map(|part| part["text"].as_str()).collect();
+            message["content"] = json!(texts.join("\n"));
+        }
+        if template.arguments == Arguments::Parsed
+            && let Some(calls) = message.get_mut("tool_calls").and_then(Json::as_array_mut)
+        {
+            for arguments in calls.iter_mut().filter_map(|call| call.pointer_mut("/function/arguments")) {
+                if let Some(Ok(parsed @ Json::Object(_))) = arguments.as_str().map(serde_json::from_str) {
+                    *arguments = parsed;
+                }
+            }
+        }
+        message
+    }
+
+    fn any_json() -> impl Strategy<Value = Json> {
+        let leaf = prop_oneof![
+            Just(Json::Null),
+            any::<bool>().prop_map(Json::from),
+            prop_oneof![any::<i64>(), -3..3i64].prop_map(Json::from),
+            any::<u64>().prop_map(Json::from),
+            prop_oneof![any::<f64>(), Just(1.0), Just(-0.0), Just(1e20)].prop_map(Json::from),
+            ".{0,6}|a{30}".prop_map(Json::from),
+        ];
+        leaf.prop_recursive(3, 24, 16, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Json::from),
+                proptest::collection::vec(("x[0-9]|[ab]|role", inner), 0..16)
+                    .prop_map(|all| Json::Object(all.into_iter().collect())),
+            ]
+        })
+    }
+
+    fn any_message() -> impl Strategy<Value = Json> {
+        let text =
+            prop_oneof![Just("a".to_owned()), ".{0,40}", Just("  long enough to be no small string\n".to_owned())];
+        let parts =
+            proptest::collection::vec(text.clone().prop_map(|text| json!({"type": "text", "text": text})), 0..3);
+        let content = prop_oneof![text.prop_map(Json::from), parts.prop_map(Json::from), Just(Json::Null)];
+        let arguments = prop_oneof![
+            any_json(),
+            any_json().prop_map(|json| Json::from(json.to_string())),
+            proptest::collection::vec(("[a-c]", any_json()), 0..3)
+                .prop_map(|all| Json::from(Json::Object(all.into_iter().collect()).to_string())),
+        ];
+        let call = (arguments, any_json()).prop_map(
+            |(arguments, id)| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": arguments}}),
+        );
+        let calls = proptest::collection::vec(prop_oneof![3 => call, 1 => any_json()], 0..3);
+        let role = prop_oneof![Just("system"), Just("user"), Just("assistant"), Just("tool")];
+        let more = proptest::collection::vec(("x[0-9a-f]", any_json()), 0..20);
+        (role, content, proptest::option::of(calls), more).prop_map(|(role, content, calls, more)| {
+            let mut message = json!({"role": role, "content": content});
+            calls.into_iter().for_each(|calls| message["tool_calls"] = Json::from(calls));
+            more.into_iter().for_each(|(name, value)| message[name] = value);
+            message
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn parsed_messages_read_as_those_made_by_way_of_json(
+            messages in proptest::collection::vec(any_message(), 1..4),
+            tools in proptest::option::of(proptest::collection::vec(any_json(), 0..3)),
+        ) {
+            let tools = tools.map(Json::from);
+            let parsed_messages: Vec<Value> = messages.iter().map(parsed).collect();
+            for body in USES {
+                let template = template(&format!("{{% for m in messages %}}{body}\n{{% endfor %}}")).expect("compiles");
+                let plain = messages.iter().map(|message| by_way_of_json(&in_its_form(&template, message.clone())));
+                let plain = plain.collect::<Vec<Value>>();
+                let want = template.render(&plain, tools.as_ref().map(by_way_of_json).as_ref());
+                let got = template.render(&parsed_messages, tools.as_ref().map(parsed).as_ref());
+                prop_assert_eq!(got, want, "{}", body);
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_of_equal_names_counts() {
+        let render = |text: &str| {
+            let Parsed(message) = serde_json::from_str(text).expect("JSON");
+            template("{{ messages[0] | tojson }}").expect("compiles").render(&[message], None).expect("renders")
+        };
+        assert_eq!(render(r#"{"a": 1, "b": 2, "a": 3}"#), r#"{"a": 3, "b": 2}"#);
+        let many: String = (0..40).map(|i| format!(r#""x{}": {i}, "#, i % 20)).collect();
+        let want: Vec<String> = (20..40).map(|i| format!(r#""x{}": {i}"#, i % 20)).collect();
+        assert_eq!(render(&format!(r#"{{{many}"x0": 20}}"#)), format!("{{{}}}", want.join(", ")));
     }
 
     #[test]

@@ -13,13 +13,11 @@ use serde_json::{Map, Value, json};
 
 use crate::body::read;
 use crate::error::Error;
-use crate::fields::{Fields, wrong};
+use crate::fields::Fields;
 use crate::http::App;
-use crate::messages::{check_message, check_tool};
+use crate::json::Parsed;
+use crate::messages::{check_messages, check_tools};
 use crate::prompt::Prompt;
-
-/// Most messages of a conversation.
-const MOST_MESSAGES: usize = 65_536;
 
 /// Fields of `/tokenize`. What is in no list is refused by name; what is not served has a value that asks for nothing.
 pub(crate) const TOKENIZE: [&str; 9] = [
@@ -39,6 +37,8 @@ pub(crate) const DETOKENIZE: [&str; 2] = ["model", "tokens"];
 /// A body: what is ids or text apart, because a list of a million ids as JSON values would take many times its size.
 struct Body {
     prompt: Option<Prompt>,
+    messages: Option<Parsed>,
+    tools: Option<Parsed>,
     fields: Fields,
     /// The first field that is in no list and not null.
     unknown: Option<String>,
@@ -71,14 +71,20 @@ impl<'de> Visitor<'de> for Shape {
         f.write_str("an object")
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
-        let mut body = Body { prompt: None, fields: Fields(Map::new()), unknown: None };
+        let mut body = Body { prompt: None, messages: None, tools: None, fields: Fields(Map::new()), unknown: None };
         while let Some(key) = map.next_key::<String>()? {
             if key == self.prompt {
                 body.prompt = Some(map.next_value()?).filter(|prompt| *prompt != Prompt::Other("null"));
-            } else if self.known.contains(&key.as_str()) {
+            } else if !self.known.contains(&key.as_str()) {
+                if map.next_value::<Option<IgnoredAny>>()?.is_some() && body.unknown.is_none() {
+                    body.unknown = Some(key.chars().take(64).collect());
+                }
+            } else if key == "messages" {
+                body.messages = map.next_value()?;
+            } else if key == "tools" {
+                body.tools = map.next_value()?;
+            } else {
                 body.fields.0.insert(key, map.next_value()?);
-            } else if map.next_value::<Option<IgnoredAny>>()?.is_some() && body.unknown.is_none() {
-                body.unknown = Some(key.chars().take(64).collect());
             }
         }
         Ok(body)
@@ -88,8 +94,9 @@ impl<'de> Visitor<'de> for Shape {
 impl Body {
     /// Refuses what is left over.
     fn nothing_else(self) -> Result<(), Error> {
-        let left = self.fields.0.into_iter().find(|(_, value)| !value.is_null());
-        self.unknown.or(left.map(|(name, _)| name)).map_or(Ok(()), |name| Err(Error::unsupported(name)))
+        let left = self.fields.0.into_iter().find(|(_, value)| !value.is_null()).map(|(name, _)| name);
+        let left = left.or(self.messages.map(|_| "messages".to_owned())).or(self.tools.map(|_| "tools".to_owned()));
+        self.unknown.or(left).map_or(Ok(()), |name| Err(Error::unsupported(name)))
     }
 }
 
@@ -104,7 +111,7 @@ struct Tokenize {
 #[derive(Debug, PartialEq)]
 enum Text {
     Prompt(String),
-    Chat { messages: Vec<Value>, tools: Option<Value> },
+    Chat { messages: Vec<minijinja::Value>, tools: Option<minijinja::Value> },
 }
 
 impl Tokenize {
@@ -113,20 +120,16 @@ impl Tokenize {
         let fields = &mut body.fields;
         let model = fields.model()?;
         let strings = fields.flag("return_token_strs")?;
-        let text = match (body.prompt.take(), fields.take("messages")) {
+        let text = match (body.prompt.take(), body.messages.take()) {
             (None, None) => return Err(Error::invalid("prompt", "the prompt is missing: send prompt or messages")),
             (Some(_), Some(_)) => return Err(Error::invalid("messages", "send prompt or messages, not both")),
             (Some(Prompt::Text(text)), None) => Text::Prompt(text),
             (Some(_), None) => return Err(Error::invalid("prompt", "the prompt must be a string")),
-            (None, Some(Value::Array(messages))) => {
-                if messages.is_empty() || messages.len() > MOST_MESSAGES {
-                    let message = format!("there must be 1 to {MOST_MESSAGES} messages: {}", messages.len());
-                    return Err(Error::invalid("messages", message));
-                }
-                messages.iter().enumerate().try_for_each(|(at, message)| check_message(at, message))?;
-                Text::Chat { messages, tools: tools(fields)? }
+            (None, Some(Parsed(messages))) => {
+                let messages = check_messages(&messages)?;
+                let tools = body.tools.take().map_or(Ok(None), |Parsed(tools)| check_tools(tools))?;
+                Text::Chat { messages, tools }
             }
-            (None, Some(other)) => return Err(wrong("messages", "a list", &other)),
         };
         // Special tokens stand where a chat's template puts them, and at a prompt's beginning: as when it is served.
         let special = json!(matches!(text, Text::Prompt(_)));
@@ -143,18 +146,6 @@ impl Tokenize {
         }
         body.nothing_else()?;
         Ok(Self { model, text, strings })
-    }
-}
-
-fn tools(fields: &mut Fields) -> Result<Option<Value>, Error> {
-    match fields.take("tools") {
-        None => Ok(None),
-        Some(Value::Array(tools)) if tools.is_empty() => Ok(None),
-        Some(Value::Array(tools)) => {
-            tools.iter().enumerate().try_for_each(|(at, tool)| check_tool(at, tool))?;
-            Ok(Some(Value::Array(tools)))
-        }
-        Some(other) => Err(wrong("tools", "a list", &other)),
     }
 }
 
