@@ -9,19 +9,22 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo up test test-versions lint bench bench-core bench-peers proto clean soak build readme-figures setup rust-test py-test
+.PHONY: demo help up test test-versions lint bench bench-core bench-peers proto clean soak build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
 	@$(MAKE) --no-print-directory build
 	@$(PY) demo/run.py --router $(ROUTER) --model $(MODEL) --workers $(WORKERS) $(ARGS)
 
+help: ## the verbs
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 16
+
 up: ## serve MODEL with WORKERS workers until Ctrl-C
 	@tools/setup.sh run
 	@$(MAKE) --no-print-directory build
 	@$(ROUTER) up --model $(MODEL) --workers $(WORKERS) --python $(PY)
 
-setup:
+setup: ## everything the tests need, into .venv
 	@tools/setup.sh test
 
 build: ## the router, and both Python packages into .venv
@@ -40,7 +43,7 @@ test: ## everything CI runs
 	@$(MAKE) --no-print-directory rust-test
 	@$(MAKE) --no-print-directory py-test
 
-lint:
+lint: ## formats, lints, types, layering, generated stubs
 	@tools/setup.sh test
 	@echo "==> lint: rustfmt, clippy, layering, ruff, mypy, stubtest, generated stubs"
 	@cargo fmt --all --check
@@ -53,11 +56,11 @@ lint:
 	@$(PY) -m mypy.stubtest scls_router._native --concise --mypy-config-file pyproject.toml
 	@$(PY) workers/gen_proto.py --check
 
-rust-test:
+rust-test: ## cargo test
 	@echo "==> cargo test"
 	@cargo test --quiet --workspace --exclude scls-router-python
 
-py-test:
+py-test: ## pytest
 	@echo "==> pytest"
 	@$(PY) -m pytest
 
@@ -79,7 +82,7 @@ proto: ## Python stubs from proto/ (Rust makes its own in the build)
 readme-figures: ## the README's tables from bench/results
 	@$(PY) tools/readme_figures.py
 
-bench: bench-core ## that, and the core's look-ups and decisions one by one
+bench: bench-core ## bench-core, and the core's look-ups and decisions one by one
 	@cargo bench --quiet -p router-core
 
 bench-core: ## text to decision for a later turn of a long conversation, with its parts
@@ -89,6 +92,6 @@ bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers
 	@tools/setup.sh run
 	@bench/peers/dynamo_python/run.sh $(ARGS)
 
-clean:
+clean: ## removes target/ and .venv
 	@cargo clean --quiet
 	@rm -rf .venv .venv-peers

@@ -22,6 +22,10 @@ OPTIONS: list[tuple[str, int]] = [
 
 def address(target: str) -> str:
     """`host:port`, with or without `grpc://`."""
+    if target.startswith(("http://", "https://")):
+        raise ValueError(
+            f"the router's gRPC address is host:port: {target}\nits gRPC port is another than its HTTP port"
+        )
     return target.removeprefix("grpc://")
 
 
@@ -39,4 +43,7 @@ def closed() -> Cancelled:
 
 def error_of(error: Any) -> SclsError:
     """The error that a `grpc.RpcError` stands for, of `grpc` and `grpc.aio` alike."""
-    return from_status(error.code().name, error.details() or "", dict(error.trailing_metadata() or ()))
+    message = error.details() or ""
+    if message.startswith("Received http2 header with status"):
+        message += "\nno gRPC is served there: is this the router's HTTP port?"
+    return from_status(error.code().name, message, dict(error.trailing_metadata() or ()))

@@ -53,6 +53,9 @@ class Client:
             timeout: longest a call may take, its retries included, in seconds; `math.inf` for no limit. The router
                 honours it too.
             retry: how calls are tried again that failed before their first token; `RetryPolicy(attempts=1)` never.
+
+        Raises:
+            ValueError: `target` is the address of an HTTP server.
         """
         self._timeout = timeout
         self._policy = retry or RetryPolicy()

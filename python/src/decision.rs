@@ -11,6 +11,8 @@ use router_core::{Blocks, Candidate, Choice, DecisionId, Micros, PolicyName, See
 use crate::error::record;
 
 /// Where a prompt goes, with all that was known when it was decided. Immutable, comparable, picklable.
+///
+/// Made by `Router.route` and `Router.route_many`.
 #[pyclass(frozen, eq, module = "scls_router")]
 #[derive(PartialEq)]
 pub(crate) struct Decision {
@@ -130,6 +132,9 @@ impl Decision {
     }
 
     /// The worker, chosen again from this record alone (for a policy written in Python: from its scores).
+    ///
+    /// >>> Decision(None, "product", 0, 0, 32, "b", [("a", 32, 0, 1), ("b", 32, 0, 0)], [64, 32]).recompute()
+    /// 'b'
     fn recompute(&self) -> &str {
         let view = self.choice.seen.view();
         let at = match self.policy.parse::<PolicyName>() {

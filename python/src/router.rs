@@ -23,6 +23,58 @@ enum Policy {
 }
 
 /// The router in your own process, in front of engines of your own.
+///
+/// A decision counts at once: the worker's batch is one larger, its new tokens are queued, and the prompt's blocks are
+/// taken to be there, so that a follow-up finds them before the first prefill ends. Tell the router how it went on,
+/// with ``prefilled`` at the first token and ``finished`` at the end; ``take_back`` if the engine never ran it.
+///
+/// >>> router = Router()
+/// >>> router.add_worker("a", blocks=10_000)
+/// >>> router.add_worker("b", blocks=10_000)
+/// >>> turn = list(range(100))
+/// >>> first = router.route(turn)
+/// >>> first.worker, first.new_tokens
+/// ('a', 100)
+/// >>> router.prefilled(first)
+/// True
+/// >>> router.finished(first, output=[7, 8, 9])
+/// True
+/// >>> second = router.route(turn + [7, 8, 9] + list(range(200, 220)))
+/// >>> second.worker, second.cached_tokens, second.new_tokens
+/// ('a', 96, 27)
+/// >>> router.workers()[0]
+/// WorkerLoad(name='a', queued_tokens=27, batch_size=1, indexed_blocks=7, blocks=10000)
+///
+/// What an engine holds is known in one of two ways. One with KV events reports blocks by the hashes of ``hash_blocks``:
+///
+/// >>> router.add_worker("c")
+/// >>> router.report("c", stored=router.hash_blocks(range(48)))
+/// >>> router.route(range(64), commit=False).candidates[2].new_tokens
+/// 16
+///
+/// One without is added with its capacity in ``blocks``: it is taken to hold what was used there last.
+///
+/// A policy is a name (``product``, ``round_robin``, ``random``, ``least_requests``) or a callable that takes a
+/// `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
+/// ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
+/// that does: the router is locked while it runs.
+///
+/// >>> longest_queue_last = Router(lambda view: [c.queued_tokens for c in view.candidates])
+///
+/// All methods may be called from any thread; the heavy part runs with the interpreter released.
+///
+/// Args:
+///     policy: name or callable; ``product`` if None.
+///     block_size: tokens a KV block, as in the engines.
+///     hash_root: u64 at the start of every chain of block hashes.
+///     tokenizer: a ``tokenizer.json`` or the directory it is in, for prompts given as text.
+///     seed: for ``random``.
+///
+/// Raises:
+///     UnknownPolicy: no policy of this name.
+///     ValueError: ``block_size`` is 0, or the tokenizer's file is none.
+///     OSError: the tokenizer's file cannot be read.
+///     TypeError: ``policy`` is neither a name nor callable.
 #[pyclass(frozen, module = "scls_router")]
 pub(crate) struct Router {
     core: Mutex<router_core::Router>,
@@ -60,17 +112,38 @@ impl Router {
     }
 
     /// A worker that holds nothing yet.
+    ///
+    /// Args:
+    ///     name: yours, as decisions will have it.
+    ///     blocks: KV blocks of an engine that does not report: what it holds is predicted, least recently used blocks
+    ///         given up first. None for an engine whose blocks you will ``report``.
+    ///
+    /// Raises:
+    ///     WorkerExists: there is one of this name.
     #[pyo3(signature = (name, *, blocks = None))]
     fn add_worker(&self, py: Python<'_>, name: &str, blocks: Option<u64>) -> PyResult<()> {
         self.with(py, |core| core.add_worker(name, blocks.map(Blocks)))?.map_err(|error| Error::from(error).into_py(py))
     }
 
     /// Forgets a worker, its blocks and the decisions for it, which have then ended.
+    ///
+    /// Raises:
+    ///     UnknownWorker: there is none of this name.
     fn remove(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         self.with(py, |core| core.remove_worker(name))?.map_err(|error| Error::from(error).into_py(py))
     }
 
     /// Chooses a worker.
+    ///
+    /// Args:
+    ///     prompt: token ids, as `hash_blocks` takes them, or a text if there is a tokenizer (special tokens added).
+    ///     commit: False only asks: nothing changes, and the decision has no ``id``.
+    ///
+    /// Raises:
+    ///     NoWorker: there is none.
+    ///     ValueError: no tokens, ids out of range, a text without a tokenizer, or scores that are negative or not one
+    ///         for each candidate.
+    ///     TypeError: this is no prompt, or a score is not an int.
     #[pyo3(signature = (prompt, *, commit = true))]
     fn route(&self, py: Python<'_>, prompt: &Bound<'_, PyAny>, commit: bool) -> PyResult<Decision> {
         let mut choices = self.decide(py, vec![self.prompt(prompt)?], commit)?;
@@ -78,6 +151,8 @@ impl Router {
     }
 
     /// As ``route`` for one after another, in one call: each decision counts before the next is made.
+    ///
+    /// If one fails none was made. An array of shape ``[prompts, tokens]`` is as many prompts.
     #[pyo3(signature = (prompts, *, commit = true))]
     fn route_many(&self, py: Python<'_>, prompts: &Bound<'_, PyAny>, commit: bool) -> PyResult<Vec<Decision>> {
         if prompts.is_instance_of::<PyString>() || prompts.is_instance_of::<PyBytes>() {
@@ -88,12 +163,29 @@ impl Router {
     }
 
     /// Its prompt is computed: the engine gave a first token. ``finished`` implies it.
+    ///
+    /// Returns:
+    ///     False if the decision has ended (or its worker was removed) or was prefilled before; nothing changes then.
+    ///
+    /// Raises:
+    ///     ValueError: the decision was made with ``commit=False``.
     fn prefilled(&self, py: Python<'_>, decision: &Decision) -> PyResult<bool> {
         let id = committed(decision)?;
         self.with(py, |core| core.prefilled(id))
     }
 
     /// It ran and ended, however it ended: what the decision counted is taken back.
+    ///
+    /// Args:
+    ///     decision: what ``route`` returned.
+    ///     output: ids the engine generated. Where what a worker holds is predicted, the blocks they complete are
+    ///         predicted too, but for the last id, whose KV no engine computes.
+    ///
+    /// Returns:
+    ///     False if it had ended before (or its worker was removed), so that it is safe in a ``finally``.
+    ///
+    /// Raises:
+    ///     ValueError: the decision was made with ``commit=False``, or ids are out of range.
     #[pyo3(signature = (decision, output = None))]
     fn finished(&self, py: Python<'_>, decision: &Decision, output: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         let id = committed(decision)?;
@@ -102,12 +194,47 @@ impl Router {
     }
 
     /// It never ran: as if it had not been made. If its prompt was prefilled, those blocks stay.
+    ///
+    /// Returns:
+    ///     False if it had ended before.
+    ///
+    /// Raises:
+    ///     ValueError: the decision was made with ``commit=False``.
     fn take_back(&self, py: Python<'_>, decision: &Decision) -> PyResult<bool> {
         let id = committed(decision)?;
         self.with(py, |core| core.take_back(id))
     }
 
     /// What the engine says of its KV cache. Committed blocks count beside it until their decisions end.
+    ///
+    /// Engines name blocks by hashes of their own (vLLM's and SGLang's events bring the ids along): keep which is which.
+    ///
+    /// >>> router, ours = Router(), {}
+    /// >>> router.add_worker("a")
+    /// >>> def block_stored(parent, blocks, token_ids):
+    /// ...     hashes = hash_blocks(ours.get(parent, router.hash_root), token_ids, router.block_size)
+    /// ...     ours.update(zip(blocks, hashes))
+    /// ...     router.report("a", stored=hashes)
+    /// >>> def block_removed(blocks):
+    /// ...     router.report("a", removed=[ours.pop(block) for block in blocks])
+    /// >>> block_stored(None, ["x", "y"], list(range(32)))
+    /// >>> block_stored("y", ["z"], list(range(32, 48)))
+    /// >>> router.route(range(64), commit=False).cached_tokens
+    /// 48
+    /// >>> block_removed(["z"])
+    /// >>> router.route(range(64), commit=False).cached_tokens
+    /// 32
+    ///
+    /// Args:
+    ///     worker: one added without ``blocks``.
+    ///     stored: hashes of blocks that are there now (see ``hash_blocks``), applied last.
+    ///     removed: hashes of blocks that are there no more, applied before.
+    ///     cleared: all that was stored is gone, applied first.
+    ///
+    /// Raises:
+    ///     UnknownWorker: there is none of this name.
+    ///     ValueError: what this worker holds is predicted.
+    ///     OverflowError: a hash is no u64.
     #[pyo3(signature = (worker, *, stored = None, removed = None, cleared = false))]
     fn report(
         &self,

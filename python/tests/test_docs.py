@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,18 @@ def stub_docs() -> Iterator[tuple[str, str]]:
                     yield f"{node.name}.{method.name}", ast.get_docstring(method) or ""
 
 
+def stub_arguments() -> Iterator[tuple[str, str]]:
+    """What the stub says of a class's arguments: `help` has no other place for it than the class."""
+    for node in ast.parse(STUB.read_text()).body:
+        for method in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(method, ast.FunctionDef) and method.name == "__new__":
+                _, _, rest = (ast.get_docstring(method) or "").partition("\n\n")
+                if rest.startswith("Args:"):
+                    yield node.name, f"\n\n{rest}"
+
+
 DOCS = dict(stub_docs())
+ARGUMENTS = dict(stub_arguments())
 
 
 @pytest.mark.parametrize("name", [name for name, text in DOCS.items() if ">>>" in text])
@@ -40,9 +52,9 @@ def test_examples_of_the_package_run() -> None:
 
 
 @pytest.mark.parametrize("name", DOCS)
-def test_help_begins_as_the_stub_does(name: str) -> None:
+def test_help_says_what_the_stub_does(name: str) -> None:
     found: object = _native
     for part in name.split("."):
         found = getattr(found, part)
     assert DOCS[name], "documented"
-    assert (found.__doc__ or "").splitlines()[:1] == DOCS[name].splitlines()[:1]
+    assert inspect.cleandoc(found.__doc__ or "") == DOCS[name] + ARGUMENTS.get(name, "")

@@ -41,23 +41,18 @@ impl Fields {
     }
 
     pub(crate) fn count(&mut self, name: &str, least: u32) -> Result<Option<u32>, Error> {
+        self.at_most(name, least, u32::MAX)
+    }
+
+    /// A count up to `most`.
+    fn at_most(&mut self, name: &str, least: u32, most: u32) -> Result<Option<u32>, Error> {
         let Some(value) = self.take(name) else { return Ok(None) };
         let Value::Number(number) = &value else {
             return Err(wrong(name, "an integer", &value));
         };
         match number.as_u64().and_then(|count| u32::try_from(count).ok()) {
-            Some(count) if count >= least => Ok(Some(count)),
-            _ => Err(Error::invalid(name, format!("{name} must be an integer from {least} to {}: {number}", u32::MAX))),
-        }
-    }
-
-    /// A count up to `most`.
-    fn at_most(&mut self, name: &str, least: u32, most: u32) -> Result<Option<u32>, Error> {
-        match self.count(name, least)? {
-            Some(count) if count > most => {
-                Err(Error::invalid(name, format!("{name} must be an integer from {least} to {most}: {count}")))
-            }
-            count => Ok(count),
+            Some(count) if (least..=most).contains(&count) => Ok(Some(count)),
+            _ => Err(Error::invalid(name, format!("{name} must be an integer from {least} to {most}: {number}"))),
         }
     }
 

@@ -80,7 +80,10 @@ pub async fn serve(
 
     let mut result = Ok(());
     tokio::select! {
-        () = shutdown => info!("shutting down"),
+        () = shutdown => info!(
+            "shutting down: requests that run have {} s; a second signal ends them at once",
+            DRAIN.as_secs()
+        ),
         Some(ended) = servers.join_next() => {
             result = ended.unwrap_or_else(|error| Err(std::io::Error::other(error).into()));
         }

@@ -91,7 +91,10 @@ impl Worker {
             };
             ever_listened |= listened;
             if !ever_listened {
-                let _ = failed.try_send(format!("worker {} could not start: {why}", self.name));
+                let _ = failed.try_send(format!(
+                    "worker {} could not start: {why}\nwhy may stand above; --python names the Python that has scls_worker",
+                    self.name
+                ));
                 return;
             }
             backoff = if began.elapsed() > HEALTHY { BACKOFF[0] } else { (backoff * 2).min(BACKOFF[1]) };

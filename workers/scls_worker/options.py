@@ -49,27 +49,46 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=Path, metavar="DIR", help="folder with config.json, *.safetensors, tokenizer.json"
     )
     what.add_argument("--mock", action="store_true", help="no model: the next token is a hash of the last")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=natural, default=0, help="0 picks a free one")
-    parser.add_argument("--worker-id", default="", help="default: a random one")
     parser.add_argument(
-        "--served-name", action="append", metavar="NAME", help="may be repeated; default: the folder's name"
+        "--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1. Whoever reaches it may use it"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--port", type=natural, default=0, help="default: 0, which picks a free one")
+    parser.add_argument("--worker-id", default="", help="its name; default: a random one")
+    parser.add_argument(
+        "--served-name",
+        action="append",
+        metavar="NAME",
+        help="model name it serves; may be repeated; default: the folder's name",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda where there is one"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
-    parser.add_argument("--block-size", type=positive, default=16, metavar="TOKENS")
-    parser.add_argument("--blocks", type=positive, metavar="N", help="KV blocks; default: from memory")
-    parser.add_argument("--max-rows", type=positive, default=64, metavar="N", help="most rows of one batch")
     parser.add_argument(
-        "--chunk-tokens", type=positive, default=512, metavar="N", help="most prefill tokens an iteration"
+        "--block-size", type=positive, default=16, metavar="TOKENS", help="tokens a KV block; default: 16"
     )
-    parser.add_argument("--max-context", type=positive, metavar="N", help="cap of prompt and output together")
+    parser.add_argument("--blocks", type=positive, metavar="N", help="KV blocks; default: from memory")
+    parser.add_argument(
+        "--max-rows", type=positive, default=64, metavar="N", help="most rows of one batch; default: 64"
+    )
+    parser.add_argument(
+        "--chunk-tokens", type=positive, default=512, metavar="N", help="most prefill tokens an iteration; default: 512"
+    )
+    parser.add_argument(
+        "--max-context", type=positive, metavar="N", help="cap of prompt and output together; default: the model's"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="compute threads; default: torch's choice")
     parser.add_argument(
-        "--ring", type=positive, default=1024, metavar="N", help="messages unsent before a slice ends early"
+        "--ring",
+        type=positive,
+        default=1024,
+        metavar="N",
+        help="messages unsent before a slice ends early; default: 1024",
     )
     parser.add_argument("--exit-with-parent", action="store_true", help="exit when stdin is closed")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: info"
+    )
     parser.add_argument("--version", action="version", version=f"scls-worker {__version__}")
     mock = parser.add_argument_group("only with --mock")
     mock.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder whose tokenizer files GetTokenizer sends")

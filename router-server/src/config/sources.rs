@@ -172,7 +172,11 @@ fn check(arg: &Arg, values: &[OsString]) -> Result<(), String> {
             (ErrorKind::InvalidValue, Some(ContextValue::Strings(valid))) if !valid.is_empty() => {
                 format!("it is one of {}", valid.join(", "))
             }
-            _ => std::error::Error::source(&error).map_or_else(|| "it is empty".to_owned(), ToString::to_string),
+            _ => match std::error::Error::source(&error).map(ToString::to_string) {
+                None => "it is empty".to_owned(),
+                Some(why) if why.starts_with("invalid digit") => "it is not an integer".to_owned(),
+                Some(why) => why,
+            },
         };
         let shown = if is_secret(arg) { "***".into() } else { value.to_string_lossy() };
         let mut text = format!("invalid value '{shown}': {why}");

@@ -137,7 +137,7 @@ fn an_error_says_where_the_value_came_from() {
     assert!(found[0].starts_with("/no/such.toml: cannot read it: "), "{found:?}");
 
     for (name, value, expected) in [
-        ("SCLS_ROUTER_PORT", "x", "env SCLS_ROUTER_PORT: invalid value 'x': invalid digit"),
+        ("SCLS_ROUTER_PORT", "x", "env SCLS_ROUTER_PORT: invalid value 'x': it is not an integer"),
         ("SCLS_ROUTER_WORKERS", "0", "env SCLS_ROUTER_WORKERS: invalid value '0': 0 is not in 1..=1024"),
         ("SCLS_ROUTER_FLEET_KEY", "file:/no/such", "env SCLS_ROUTER_FLEET_KEY: cannot read /no/such: "),
     ] {
