@@ -78,7 +78,14 @@ impl Output {
         let token = Token { id, offset: self.characters, logprobs };
         self.waiting.push_back((self.decoded, token));
         self.drawn += 1;
+        let waited = self.detokenizer.as_ref().is_some_and(Detokenizer::is_pending);
         let text = self.detokenizer.as_mut().map_or_else(String::new, |detokenizer| detokenizer.push(id));
+        // Bytes before it that turned out to be no character are not this token's.
+        let broken = self.detokenizer.as_ref().filter(|_| waited).map_or("", |own| own.broken_before(id, &text));
+        if let Some((begin, token)) = self.waiting.back_mut() {
+            *begin += broken.len();
+            token.offset += broken.chars().count();
+        }
         let text = self.decide(&text);
         let settled = self.given == self.decoded && !self.detokenizer.as_ref().is_some_and(Detokenizer::is_pending);
         self.give(&text, settled && !self.stopped, given);
@@ -186,6 +193,19 @@ mod tests {
         assert_eq!(push("N😀"), ("EN😀".into(), 6, false));
         assert_eq!(push("bE"), ("b".into(), 1, false));
         assert_eq!(push("ND"), (String::new(), 0, true));
+    }
+
+    #[test]
+    fn a_token_after_a_broken_character_begins_after_it() {
+        let tokenizer = bytes_tokenizer();
+        let half = tokenizer.encode("é", false).expect("ids")[0];
+        let a = tokenizer.encode("a", false).expect("ids")[0];
+        let (all, _) = run(&mut output(&tokenizer, &[], 0), &[half, a, a]);
+        assert_eq!(all.text, "\u{FFFD}aa");
+        assert_eq!(all.tokens.iter().map(|token| token.offset).collect::<Vec<_>>(), [0, 1, 2]);
+        // What a stop string cuts off is not given out for the sake of what stands before it.
+        let (all, _) = run(&mut output(&tokenizer, &["a".into()], 0), &[half, a]);
+        assert_eq!((all.text.as_str(), ids(&all)), ("\u{FFFD}", vec![half]));
     }
 
     #[test]

@@ -266,6 +266,14 @@ impl Detokenizer {
         }
     }
 
+    /// Of text that the last id and those that waited for it gave: what stands before the last id's own, if that is bytes
+    /// that are no character.
+    pub fn broken_before<'a>(&self, last: u32, text: &'a str) -> &'a str {
+        let own = self.tokenizer.decode(&[last]);
+        let before = text.strip_suffix(own.as_str()).filter(|_| !own.is_empty());
+        before.filter(|before| before.ends_with(REPLACEMENT)).unwrap_or_default()
+    }
+
     /// Whether ids wait for the rest of their character.
     pub fn is_pending(&self) -> bool {
         self.window.len() > self.given

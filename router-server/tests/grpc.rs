@@ -62,7 +62,7 @@ async fn a_deadline_that_is_far_away_changes_nothing() {
     // An error that is a head alone stays one.
     let mut request = Request::new(GenerateRequest::default());
     request.set_timeout(Duration::from_secs(60));
-    assert_eq!(router.client().await.generate(request).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(router.client().await.generate(request).await.unwrap_err().code(), Code::InvalidArgument);
 }
 
 /// Other servers close a connection that pings more than every five minutes ("too many pings").
