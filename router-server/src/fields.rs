@@ -6,12 +6,13 @@ use std::ops::RangeInclusive;
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
+use crate::messages::{check_message, check_tool};
 use crate::proto::Sampling;
 use crate::request::Params;
-use crate::sampling::{MOST_IDS, MOST_LOGPROBS};
+use crate::sampling::{MOST_IDS, MOST_LOGPROBS, check_stops};
 
-/// Most stop strings, and most bytes of one.
-const MOST_STOPS: (usize, usize) = (16, 1024);
+/// Most messages of a conversation.
+const MOST_MESSAGES: usize = 65_536;
 /// Most answers to one request.
 pub(crate) const MOST_CHOICES: u32 = 128;
 
@@ -145,21 +146,17 @@ impl Fields {
             }
             Some(other) => return Err(wrong("stop", "a string or a list of strings", &other)),
         };
-        let (most, longest) = MOST_STOPS;
-        if stops.len() > most {
-            return Err(Error::invalid("stop", format!("more than {most} stop strings: {}", stops.len())));
-        }
-        if let Some(stop) = stops.iter().find(|stop| stop.is_empty() || stop.len() > longest) {
-            return Err(Error::invalid("stop", format!("a stop string has 1 to {longest} bytes: {}", stop.len())));
-        }
+        check_stops(&stops)?;
         Ok(stops)
     }
 
     pub(crate) fn stop_token_ids(&mut self) -> Result<Vec<u32>, Error> {
         let ids = match self.take("stop_token_ids") {
             None => return Ok(Vec::new()),
-            Some(Value::Array(ids)) if ids.len() <= 1024 => ids,
-            Some(other) => return Err(wrong("stop_token_ids", "a list of at most 1024 token ids", &other)),
+            Some(Value::Array(ids)) if ids.len() <= MOST_IDS => ids,
+            Some(other) => {
+                return Err(wrong("stop_token_ids", &format!("a list of at most {MOST_IDS} token ids"), &other));
+            }
         };
         let id = |id: Value| {
             let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
@@ -222,6 +219,33 @@ impl Fields {
     pub(crate) fn model(&mut self) -> Result<String, Error> {
         let model = self.string("model")?.ok_or_else(|| Error::invalid("model", "the model is missing"))?;
         if model.is_empty() { Err(Error::invalid("model", "the model's name is empty")) } else { Ok(model) }
+    }
+
+    /// A conversation, checked message by message.
+    pub(crate) fn messages(&mut self) -> Result<Option<Vec<Value>>, Error> {
+        let messages = match self.take("messages") {
+            None => return Ok(None),
+            Some(Value::Array(messages)) => messages,
+            Some(other) => return Err(wrong("messages", "a list", &other)),
+        };
+        if messages.is_empty() || messages.len() > MOST_MESSAGES {
+            let message = format!("there must be 1 to {MOST_MESSAGES} messages: {}", messages.len());
+            return Err(Error::invalid("messages", message));
+        }
+        messages.iter().enumerate().try_for_each(|(at, message)| check_message(at, message))?;
+        Ok(Some(messages))
+    }
+
+    /// A list of tools, checked one by one; an empty one is none.
+    pub(crate) fn tools(&mut self) -> Result<Option<Value>, Error> {
+        match self.take("tools") {
+            None => Ok(None),
+            Some(Value::Array(tools)) => {
+                tools.iter().enumerate().try_for_each(|(at, tool)| check_tool(at, tool))?;
+                Ok(Some(Value::Array(tools)).filter(|tools| tools != &json!([])))
+            }
+            Some(other) => Err(wrong("tools", "a list", &other)),
+        }
     }
 
     /// Refuses what is left over, unless it says what would be done without it.

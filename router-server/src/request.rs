@@ -7,13 +7,9 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
-use crate::fields::{Fields, is_known, wrong};
-use crate::messages::{check_message, check_tool};
+use crate::fields::{Fields, is_known};
 use crate::prompt::{MOST_PROMPTS, Prompt};
 use crate::proto::Sampling;
-
-/// Most messages of a conversation.
-const MOST_MESSAGES: usize = 65_536;
 
 /// The body of `POST /v1/completions`.
 #[derive(Clone, Debug, PartialEq)]
@@ -153,25 +149,8 @@ impl Chat {
         }
         let mut fields = Fields(body.fields);
         let model = fields.model()?;
-        let messages = match fields.take("messages") {
-            None => return Err(Error::invalid("messages", "the messages are missing")),
-            Some(Value::Array(messages)) => messages,
-            Some(other) => return Err(wrong("messages", "a list", &other)),
-        };
-        if messages.is_empty() || messages.len() > MOST_MESSAGES {
-            let message = format!("there must be 1 to {MOST_MESSAGES} messages: {}", messages.len());
-            return Err(Error::invalid("messages", message));
-        }
-        messages.iter().enumerate().try_for_each(|(at, message)| check_message(at, message))?;
-        let tools = match fields.take("tools") {
-            None => None,
-            Some(Value::Array(tools)) if tools.is_empty() => None,
-            Some(Value::Array(tools)) => {
-                tools.iter().enumerate().try_for_each(|(at, tool)| check_tool(at, tool))?;
-                Some(Value::Array(tools))
-            }
-            Some(other) => return Err(wrong("tools", "a list", &other)),
-        };
+        let messages = fields.messages()?.ok_or_else(|| Error::invalid("messages", "the messages are missing"))?;
+        let tools = fields.tools()?;
         // Told to call none, the model is not told of them.
         let mute = fields.0.get("tool_choice") == Some(&json!("none"));
         if mute {

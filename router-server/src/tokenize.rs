@@ -13,13 +13,9 @@ use serde_json::{Map, Value, json};
 
 use crate::body::read;
 use crate::error::Error;
-use crate::fields::{Fields, wrong};
+use crate::fields::Fields;
 use crate::http::App;
-use crate::messages::{check_message, check_tool};
 use crate::prompt::Prompt;
-
-/// Most messages of a conversation.
-const MOST_MESSAGES: usize = 65_536;
 
 /// Fields of `/tokenize`. What is in no list is refused by name; what is not served has a value that asks for nothing.
 pub(crate) const TOKENIZE: [&str; 9] = [
@@ -113,20 +109,12 @@ impl Tokenize {
         let fields = &mut body.fields;
         let model = fields.model()?;
         let strings = fields.flag("return_token_strs")?;
-        let text = match (body.prompt.take(), fields.take("messages")) {
+        let text = match (body.prompt.take(), fields.messages()?) {
             (None, None) => return Err(Error::invalid("prompt", "the prompt is missing: send prompt or messages")),
             (Some(_), Some(_)) => return Err(Error::invalid("messages", "send prompt or messages, not both")),
             (Some(Prompt::Text(text)), None) => Text::Prompt(text),
             (Some(_), None) => return Err(Error::invalid("prompt", "the prompt must be a string")),
-            (None, Some(Value::Array(messages))) => {
-                if messages.is_empty() || messages.len() > MOST_MESSAGES {
-                    let message = format!("there must be 1 to {MOST_MESSAGES} messages: {}", messages.len());
-                    return Err(Error::invalid("messages", message));
-                }
-                messages.iter().enumerate().try_for_each(|(at, message)| check_message(at, message))?;
-                Text::Chat { messages, tools: tools(fields)? }
-            }
-            (None, Some(other)) => return Err(wrong("messages", "a list", &other)),
+            (None, Some(messages)) => Text::Chat { messages, tools: fields.tools()? },
         };
         // Special tokens stand where a chat's template puts them, and at a prompt's beginning: as when it is served.
         let special = json!(matches!(text, Text::Prompt(_)));
@@ -143,18 +131,6 @@ impl Tokenize {
         }
         body.nothing_else()?;
         Ok(Self { model, text, strings })
-    }
-}
-
-fn tools(fields: &mut Fields) -> Result<Option<Value>, Error> {
-    match fields.take("tools") {
-        None => Ok(None),
-        Some(Value::Array(tools)) if tools.is_empty() => Ok(None),
-        Some(Value::Array(tools)) => {
-            tools.iter().enumerate().try_for_each(|(at, tool)| check_tool(at, tool))?;
-            Ok(Some(Value::Array(tools)))
-        }
-        Some(other) => Err(wrong("tools", "a list", &other)),
     }
 }
 
