@@ -20,7 +20,7 @@ use crate::answer::{Answer, Kind};
 use crate::batch::Batch;
 use crate::body::read;
 use crate::error::Error;
-use crate::generation::{Finish, Job, Piece};
+use crate::generation::{Finish, Job, Piece, traceparent};
 use crate::http::App;
 use crate::meter::Meter;
 use crate::output::Given;
@@ -55,7 +55,7 @@ pub async fn completions(State(app): State<Arc<App>>, headers: HeaderMap, body: 
                 let room = pool.most_tokens().0.saturating_sub(prompt.len() as u64).max(1);
                 u32::try_from(room).unwrap_or(u32::MAX).min(COMPLETION_TOKENS)
             });
-            jobs.push(job(model.clone(), prompt, &params, most));
+            jobs.push(Job { traceparent: trace(&headers), ..job(model.clone(), prompt, &params, most) });
         }
         start(&pool, Kind::Completion, jobs, &params, meter.arrived)
     };
@@ -73,7 +73,9 @@ pub async fn chat(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
         meter.model.clone_from(&model);
         let (prompt, turn) = pool.encode_chat(messages, tools, body.len()).await?;
         let most = params.max_tokens.unwrap_or(0);
-        let job = Job { turn, ..job(model, prompt, &params, most) };
+        // Whoever biases ids could choose how an answer is spelled, and what is learned of it is for others too.
+        let turn = turn.filter(|_| params.sampling.logit_bias.is_empty());
+        let job = Job { turn, traceparent: trace(&headers), ..job(model, prompt, &params, most) };
         start(&pool, Kind::Chat, vec![job], &params, meter.arrived)
     };
     let started = started.await;
@@ -95,7 +97,12 @@ fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
         },
         stop: params.stop.clone(),
         turn: None,
+        traceparent: String::new(),
     }
+}
+
+fn trace(headers: &HeaderMap) -> String {
+    traceparent(headers.get("traceparent").map(HeaderValue::as_bytes))
 }
 
 /// The whole body. From then on a shutdown waits for the request.

@@ -279,6 +279,8 @@ pub struct RowExtras {
     pub limits: proto::Limits,
     /// The name it was asked for by.
     pub model: String,
+    /// The client's trace, as W3C writes it; empty without one.
+    pub traceparent: String,
 }
 
 /// A plan of the core as a message. `extras` finds what the shell knows of a request; a row without it is left out,
@@ -327,7 +329,7 @@ fn row_start(row: &RowStart, extras: &RowExtras) -> proto::RowStart {
         limits: Some(limits),
         hold_rank: row.hold_rank,
         deadline_ms_left: None,
-        traceparent: String::new(),
+        traceparent: extras.traceparent.clone(),
         prefill_budget: 0,
     }
 }
@@ -478,6 +480,7 @@ mod tests {
             sampling: proto::Sampling { temperature: 0.5, seed: u64::MAX, ..Default::default() },
             limits: proto::Limits { min_tokens: 2, ignore_eos: true, stop_token_ids: vec![8], max_tokens: 0 },
             model: "tiny".into(),
+            traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
         };
         let ToWorker::Plan(sent) = plan(core, |request| (request.0 == 1).then_some(&extras)) else {
             panic!("not a plan");

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use router_core::{
-    Action, BlockHash, Decision, Epoch, Event, Micros, NewRequest, RequestId, RowEnd, RowId, RowKey, Scheduler,
-    TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BlockHash, Decision, DecisionId, Epoch, Event, Micros, NewRequest, RequestId, RowEnd, RowId, RowKey,
+    Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -74,8 +74,8 @@ pub enum Command {
         /// Gets the decision.
         answer: oneshot::Sender<Option<proto::Decision>>,
     },
-    /// The latest decisions, oldest first.
-    Decisions(oneshot::Sender<Vec<Decided>>),
+    /// The latest decisions, oldest first: all of them, or the one of this number.
+    Decisions(Option<DecisionId>, oneshot::Sender<Vec<Decided>>),
     /// The pool is replaced: all ends.
     Close,
 }
@@ -291,13 +291,15 @@ impl Dispatcher {
                 let decision = self.scheduler.route(self.now(), &prompt, root);
                 let _ = answer.send(decision.map(|decision| convert::decision(&decision, |worker| self.name(worker))));
             }
-            Command::Decisions(answer) => {
+            Command::Decisions(wanted, answer) => {
                 let decided = |decision: &Decision| Decided {
                     decision: convert::decision(decision, |worker| self.name(worker)),
                     at: decision.at,
                     recomputed: decision.recompute().map(|worker| self.name(worker)),
                 };
-                let _ = answer.send(self.scheduler.decisions().map(decided).collect());
+                let decisions = self.scheduler.decisions();
+                let decisions = decisions.filter(|decision| wanted.is_none_or(|id| decision.id == id));
+                let _ = answer.send(decisions.map(decided).collect());
             }
             Command::Close => {}
         }

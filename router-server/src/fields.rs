@@ -8,10 +8,9 @@ use serde_json::{Map, Value, json};
 use crate::error::Error;
 use crate::proto::Sampling;
 use crate::request::Params;
-use crate::sampling::{MOST_IDS, MOST_LOGPROBS};
+use crate::sampling::{MOST_IDS, MOST_LOGPROBS, check_stops};
 
-/// Most stop strings, and most bytes of one.
-const MOST_STOPS: (usize, usize) = (16, 1024);
+/// Most messages of a conversation.
 /// Most answers to one request.
 pub(crate) const MOST_CHOICES: u32 = 128;
 
@@ -140,21 +139,17 @@ impl Fields {
             }
             Some(other) => return Err(wrong("stop", "a string or a list of strings", &other)),
         };
-        let (most, longest) = MOST_STOPS;
-        if stops.len() > most {
-            return Err(Error::invalid("stop", format!("more than {most} stop strings: {}", stops.len())));
-        }
-        if let Some(stop) = stops.iter().find(|stop| stop.is_empty() || stop.len() > longest) {
-            return Err(Error::invalid("stop", format!("a stop string has 1 to {longest} bytes: {}", stop.len())));
-        }
+        check_stops(&stops)?;
         Ok(stops)
     }
 
     pub(crate) fn stop_token_ids(&mut self) -> Result<Vec<u32>, Error> {
         let ids = match self.take("stop_token_ids") {
             None => return Ok(Vec::new()),
-            Some(Value::Array(ids)) if ids.len() <= 1024 => ids,
-            Some(other) => return Err(wrong("stop_token_ids", "a list of at most 1024 token ids", &other)),
+            Some(Value::Array(ids)) if ids.len() <= MOST_IDS => ids,
+            Some(other) => {
+                return Err(wrong("stop_token_ids", &format!("a list of at most {MOST_IDS} token ids"), &other));
+            }
         };
         let id = |id: Value| {
             let number = id.as_u64().and_then(|id| u32::try_from(id).ok());

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use router_core::WorkerLoad;
+use router_core::{DecisionId, WorkerLoad};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -251,11 +251,11 @@ impl Fleet {
         all
     }
 
-    /// The latest decisions of all pools.
-    pub async fn decisions(&self) -> Vec<Decided> {
+    /// The latest decisions of all pools: all of them, or those of this number.
+    pub async fn decisions(&self, wanted: Option<DecisionId>) -> Vec<Decided> {
         let mut all = Vec::new();
         for pool in self.each_pool() {
-            all.extend(pool.decisions().await);
+            all.extend(pool.decisions(wanted).await);
         }
         all
     }

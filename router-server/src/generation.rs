@@ -37,6 +37,29 @@ pub struct Job {
     pub stop: Vec<String>,
     /// The conversation that is to know the ids of the answers.
     pub turn: Option<Turn>,
+    /// The client's trace, see [`traceparent`]; empty without one.
+    pub traceparent: String,
+}
+
+/// The trace that a client says its request is a part of, as W3C's Trace Context writes it: version, trace, parent and
+/// flags in lower-case hex. Empty where it says none, or what is none.
+pub fn traceparent(given: Option<&[u8]>) -> String {
+    let text = given.and_then(|given| std::str::from_utf8(given).ok()).unwrap_or_default();
+    let parts: Vec<&str> = text.split('-').collect();
+    let hex = |part: &&str| part.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+    let named = |part: &str| part.bytes().any(|digit| digit != b'0');
+    let is_one = match parts[..] {
+        // Version ff is none, and ids of zeros name nothing.
+        [version, trace, parent, flags] => {
+            (version.len(), trace.len(), parent.len(), flags.len()) == (2, 32, 16, 2)
+                && parts.iter().all(hex)
+                && version != "ff"
+                && named(trace)
+                && named(parent)
+        }
+        _ => false,
+    };
+    if is_one { text.to_owned() } else { String::new() }
 }
 
 /// What came next.
@@ -201,7 +224,15 @@ impl Generation {
                         return Ok(piece);
                     }
                 }
-                Update::Finished { row, end, worker } => return self.finished(row.choice, end, worker),
+                Update::Finished { row, end, worker } => {
+                    let (piece, turn) = self.finished(row.choice, end, worker)?;
+                    if let Some(turn) = turn {
+                        // The next turn may come as soon as this piece is out, so it waits for that. What fails costs
+                        // tokenising once more.
+                        let _ = tokio::task::spawn_blocking(|| turn.learn()).await;
+                    }
+                    return Ok(piece);
+                }
                 Update::Rejected(error) => {
                     self.guard.armed = false;
                     return Err(error);
@@ -271,8 +302,8 @@ impl Generation {
         }
     }
 
-    /// A choice ended: gives out what it held back. From here on its tokens and its text are known whole.
-    fn finished(&mut self, number: u32, end: RowEnd, worker: Option<Arc<str>>) -> Result<Piece, Error> {
+    /// A choice ended: gives out what it held back, and the turn that its ids are an answer to.
+    fn finished(&mut self, number: u32, end: RowEnd, worker: Option<Arc<str>>) -> Result<(Piece, Option<Turn>), Error> {
         let max_tokens = self.max_tokens;
         let choice = self.choice(number)?;
         let by_string = choice.output.is_stopped();
@@ -293,11 +324,11 @@ impl Generation {
         };
         let mut given = Given::default();
         choice.output.finish(&mut given);
+        let mut turn = choice.turn.take();
         if choice.output.is_stopped() {
             finish = Finish::Stop;
-        } else if let Some(turn) = choice.turn.take() {
             // What a stop string cut off is in no later turn.
-            turn.learn();
+            turn = None;
         }
         let drawn = if by_string { choice.output.drawn().into() } else { end.emitted.0 };
         let mut piece = self.piece(number, given)?;
@@ -314,6 +345,33 @@ impl Generation {
             self.guard.armed = false;
             piece.end = Some(self.end.clone());
         }
-        Ok(piece)
+        Ok((piece, turn))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_as_w3c_writes_it() {
+        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert_eq!(traceparent(Some(good.as_bytes())), good);
+        let others = [
+            good.to_uppercase(),
+            good.replacen("00", "ff", 1),
+            good.replace("0af7651916cd43dd8448eb211c80319c", &"0".repeat(32)),
+            good.replace("b7ad6b7169203331", &"0".repeat(16)),
+            good.replace("-b7", "b-7"),
+            good.replace('c', "g"),
+            format!("{good}-more"),
+            format!(" {good}"),
+            String::new(),
+        ];
+        for other in others {
+            assert_eq!(traceparent(Some(other.as_bytes())), "", "{other}");
+        }
+        assert_eq!(traceparent(Some(b"\xff")), "");
+        assert_eq!(traceparent(None), "");
     }
 }

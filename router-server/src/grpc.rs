@@ -5,21 +5,22 @@ use std::sync::Arc;
 
 use axum::http::StatusCode;
 use futures::Stream;
+use router_core::DecisionId;
+use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
 use crate::convert;
 use crate::error::Error;
 use crate::fields::MOST_CHOICES;
-use crate::generation::{End, Finish, Generation, Job, Piece};
+use crate::generation::{End, Finish, Generation, Job, Piece, traceparent};
 use crate::http::App;
 use crate::meter::Meter;
 use crate::pool::Pool;
-use crate::proto::{
-    self, FinishReason, GenerateRequest, GenerateResponse, Limits, Sampling, Usage, prompt, router_server,
-};
+use crate::proto::{self, FinishReason, GenerateRequest, GenerateResponse, Sampling, Usage, prompt, router_server};
 use crate::random::{random, random_id};
+use crate::sampling::check_stops;
 
-/// Longest id that a client gives its request, in bytes; as over HTTP.
+/// Longest id of a client: it comes back with every piece.
 const MOST_ID: usize = 128;
 
 /// Serves the contract for one router.
@@ -37,7 +38,16 @@ impl Service {
         if model.is_empty() { Err(Error::invalid("model", "the model is missing")) } else { self.app.fleet.pool(model) }
     }
 
-    async fn start(&self, request: GenerateRequest, meter: &mut Meter) -> Result<Generation, Error> {
+    async fn start(
+        &self,
+        request: GenerateRequest,
+        traceparent: String,
+        meter: &mut Meter,
+    ) -> Result<Generation, Error> {
+        if request.request_id.len() > MOST_ID {
+            let message = format!("request_id has at most {MOST_ID} bytes: {}", request.request_id.len());
+            return Err(Error::invalid("request_id", message));
+        }
         meter.busy = Some(self.app.begin()?);
         let pool = self.pool(&request.model)?;
         meter.model.clone_from(&request.model);
@@ -46,19 +56,18 @@ impl Service {
         }
         // Absent is greedy; what is there is checked with the rest of the job.
         let sampling = request.sampling.unwrap_or_else(|| Sampling { seed: random(), ..Sampling::default() });
-        let limits = limits(request.limits)?;
-        if request.stop.iter().any(|stop| stop.is_empty() || stop.len() > 1024) || request.stop.len() > 16 {
-            return Err(Error::invalid("stop", "at most 16 stop strings of 1 to 1024 bytes"));
-        }
+        check_stops(&request.stop)?;
         let prompt = ids_of(&pool, request.prompt).await?;
         let job = Job {
             model: request.model,
             prompt: prompt.into(),
             n: request.n.max(1),
             sampling,
-            limits,
+            // Absent is the rest of the context.
+            limits: request.limits.unwrap_or_default(),
             stop: request.stop,
             turn: None,
+            traceparent,
         };
         pool.submit(job, meter.arrived)
     }
@@ -72,15 +81,6 @@ async fn ids_of(pool: &Pool, prompt: Option<proto::Prompt>) -> Result<Vec<u32>, 
             convert::token_ids(&ids).map_err(|error| Error::invalid("prompt.ids", error.to_string()))
         }
     }
-}
-
-/// Without limits, or without `max_tokens`, it is the rest of the context.
-fn limits(limits: Option<Limits>) -> Result<Limits, Error> {
-    let limits = limits.unwrap_or_default();
-    if limits.stop_token_ids.len() > 1024 {
-        return Err(Error::invalid("limits.stop_token_ids", "at most 1024 stop token ids"));
-    }
-    Ok(limits)
 }
 
 fn response(request_id: &str, piece: Piece) -> GenerateResponse {
@@ -126,16 +126,11 @@ impl router_server::Router for Service {
     type GenerateStream = Responses<GenerateResponse>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let mut request = request.into_inner();
-        let id = Some(std::mem::take(&mut request.request_id)).filter(|id| !id.is_empty()).unwrap_or_else(random_id);
+        let traceparent = traceparent(request.metadata().get("traceparent").map(MetadataValue::as_bytes));
+        let request = request.into_inner();
+        let id = if request.request_id.is_empty() { random_id() } else { request.request_id.clone() };
         let mut meter = Meter::new(Arc::clone(&self.app.fleet.metrics));
-        // Every message of the answer has it.
-        let started = if id.len() > MOST_ID {
-            Err(Error::invalid("request_id", format!("request_id has at most {MOST_ID} bytes: {}", id.len())))
-        } else {
-            self.start(request, &mut meter).await
-        };
-        let mut generation = started.map_err(|error| {
+        let mut generation = self.start(request, traceparent, &mut meter).await.map_err(|error| {
             meter.ended(error.status());
             Status::from(error)
         })?;
@@ -172,8 +167,7 @@ impl router_server::Router for Service {
 
     async fn explain(&self, request: Request<proto::ExplainRequest>) -> Result<Response<proto::Decision>, Status> {
         let id = request.into_inner().decision_id;
-        let mut found = self.app.fleet.decisions().await;
-        found.retain(|decided| decided.decision.decision_id == id);
+        let mut found = self.app.fleet.decisions(Some(DecisionId(id))).await;
         match found.pop() {
             None => Err(Status::not_found(format!("no such decision: {id}\nthe latest of each model are kept"))),
             Some(_) if !found.is_empty() => {
@@ -219,18 +213,5 @@ impl router_server::Router for Service {
         _: Request<proto::WatchDecisionsRequest>,
     ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
         Err(Status::unimplemented("not served by this build: WatchDecisions\nExplain gives the latest one by one"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stop_tokens_are_bounded() {
-        let many = |count| Limits { stop_token_ids: vec![1; count], ..Limits::default() };
-        limits(Some(many(1024))).expect("a bound is inside");
-        limits(Some(many(1025))).expect_err("past it");
-        assert_eq!(limits(None).expect("absent").max_tokens, 0);
     }
 }

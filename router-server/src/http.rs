@@ -276,7 +276,7 @@ async fn decisions(State(app): State<Arc<App>>) -> Json<Value> {
                "policy": decision.policy, "turn": decision.turn, "tokens": decision.prompt_tokens,
                "candidates": candidates})
     };
-    let all: Vec<Value> = app.fleet.decisions().await.into_iter().map(decided).collect();
+    let all: Vec<Value> = app.fleet.decisions(None).await.into_iter().map(decided).collect();
     Json(json!({"decisions": all}))
 }
 

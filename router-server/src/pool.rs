@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use router_core::{BlockHash, Config, ModelSpec, NewRequest, RequestId, Scheduler, Tokens, WorkerLoad, hash_root};
+use router_core::{
+    BlockHash, Config, DecisionId, ModelSpec, NewRequest, RequestId, Scheduler, Tokens, WorkerLoad, hash_root,
+};
 use serde_json::Value as Json;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
@@ -240,7 +242,12 @@ impl Pool {
                 choices: job.n,
                 max_tokens: Tokens(job.limits.max_tokens.into()),
             },
-            extras: RowExtras { sampling: job.sampling.clone(), limits: job.limits.clone(), model: job.model.clone() },
+            extras: RowExtras {
+                sampling: job.sampling.clone(),
+                limits: job.limits.clone(),
+                model: job.model.clone(),
+                traceparent: job.traceparent.clone(),
+            },
             updates: sender,
         };
         self.commands.try_send(Command::Arrive(arrival)).map_err(|error| match error {
@@ -310,10 +317,10 @@ impl Pool {
         answer.await.ok().flatten().ok_or(Error::NoWorker)
     }
 
-    /// The latest decisions, oldest first.
-    pub async fn decisions(&self) -> Vec<Decided> {
+    /// The latest decisions, oldest first: all of them, or the one of this number.
+    pub async fn decisions(&self, wanted: Option<DecisionId>) -> Vec<Decided> {
         let (sender, answer) = oneshot::channel();
-        if self.commands.send(Command::Decisions(sender)).await.is_err() {
+        if self.commands.send(Command::Decisions(wanted, sender)).await.is_err() {
             return Vec::new();
         }
         answer.await.unwrap_or_default()

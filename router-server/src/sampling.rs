@@ -1,12 +1,28 @@
 //! The values of `Sampling` and `Limits` that mean something, asked by everyone who takes them: both doors of the
 //! router, and the mock worker. HTTP is narrower in some, as OpenAI is; see `fields.rs`.
 
+use crate::error::Error;
 use crate::proto::{Limits, Sampling};
 
 /// Most of the likeliest ids that come with a token's logprob.
 pub const MOST_LOGPROBS: u32 = 20;
 /// Most biased ids, and most ids that end a row.
 pub const MOST_IDS: usize = 1024;
+
+/// Most stop strings, and most bytes of one.
+const MOST_STOPS: (usize, usize) = (16, 1024);
+
+/// Stop strings are the router's alone: a worker is not told of them.
+pub fn check_stops(stops: &[String]) -> Result<(), Error> {
+    let (most, longest) = MOST_STOPS;
+    if stops.len() > most {
+        return Err(Error::invalid("stop", format!("more than {most} stop strings: {}", stops.len())));
+    }
+    match stops.iter().find(|stop| stop.is_empty() || stop.len() > longest) {
+        Some(stop) => Err(Error::invalid("stop", format!("a stop string has 1 to {longest} bytes: {}", stop.len()))),
+        None => Ok(()),
+    }
+}
 
 /// The first field out of range, and what is wrong with it. `max_tokens` 0 is no limit.
 pub fn fault(sampling: &Sampling, limits: &Limits, vocab: u32) -> Option<(&'static str, String)> {

@@ -86,8 +86,12 @@ impl Pool {
             choices,
             max_tokens: Tokens(1000),
         };
-        let extras =
-            RowExtras { sampling: proto::Sampling::default(), limits: proto::Limits::default(), model: "tiny".into() };
+        let extras = RowExtras {
+            sampling: proto::Sampling::default(),
+            limits: proto::Limits::default(),
+            model: "tiny".into(),
+            traceparent: String::new(),
+        };
         self.commands.send(Command::Arrive(Arrival { request, extras, updates })).await.unwrap();
         receiver
     }

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Router, Worker, config, drawn};
+use common::{Router, Worker, answered, config, drawn};
 use futures::{Stream, StreamExt};
 use router_server::proto::router_message::Body as Heard;
 use router_server::proto::worker_message::Body;
@@ -17,7 +17,8 @@ use router_server::proto::worker_status::State;
 use router_server::proto::{self, FileChunk, RouterMessage, WorkerInfo, WorkerMessage};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpListener, TcpStream};
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -226,6 +227,61 @@ async fn a_model_without_a_tokenizer_serves_ids_only() {
     let messages = json!([{"role": "user", "content": "hi"}]);
     let chat = router.post("/v1/chat/completions", &json!({"model": "tiny", "messages": messages})).await;
     assert_eq!((chat.status, chat.param()), (400, json!("messages")));
+}
+
+const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+/// Draws 1 for a row of that trace, 2 for one without a trace, 3 for any other.
+fn tells_the_trace(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(plan) = heard else { return civil(heard) };
+    let drawn = |start: &proto::RowStart| match &*start.traceparent {
+        TRACE => 1,
+        "" => 2,
+        _ => 3,
+    };
+    let rows = plan.add.iter().map(|start| proto::RowTokens {
+        row: start.row,
+        ids: vec![drawn(start)],
+        finish: proto::FinishReason::Stop.into(),
+        ..Default::default()
+    });
+    vec![
+        Body::Step(proto::Step { batch: plan.plan_no, step: 1, rows: rows.collect() }),
+        Body::SliceReport(proto::SliceReport { batch: plan.plan_no, end: 2, steps: 1, ..Default::default() }),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_reaches_the_worker_through_both_doors_and_what_is_none_does_not() {
+    let url = scripted(info(), 7, tells_the_trace).await;
+    let router = Router::start(&[&url], config()).await;
+    router.until(|all| all[0].state() == State::Ready).await;
+    let body = json!({"model": "tiny", "prompt": [5], "max_tokens": 1, "return_token_ids": true}).to_string();
+    for (given, drawn) in [(TRACE, 1), ("", 2), ("of mine", 2)] {
+        let mut stream = TcpStream::connect(router.http).await.unwrap();
+        let trace = if given.is_empty() { String::new() } else { format!("traceparent: {given}\r\n") };
+        let length = body.len();
+        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{trace}");
+        let request = format!("{head}content-length: {length}\r\n\r\n{body}");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let answer = answered(stream).await;
+        assert_eq!(answer.json()["choices"][0]["token_ids"], json!([drawn]), "{given}: {}", answer.body);
+
+        let mut request = Request::new(proto::GenerateRequest {
+            model: "tiny".into(),
+            prompt: Some(proto::Prompt { kind: Some(proto::prompt::Kind::Ids(router_server::convert::packed(&[5]))) }),
+            ..Default::default()
+        });
+        if !given.is_empty() {
+            request.metadata_mut().insert("traceparent", given.parse().unwrap());
+        }
+        let mut pieces = router.client().await.generate(request).await.unwrap().into_inner();
+        let mut ids = Vec::new();
+        while let Some(piece) = pieces.message().await.unwrap() {
+            ids.extend(piece.ids);
+        }
+        assert_eq!(ids, [drawn], "{given}");
+    }
 }
 
 /// A mock worker in a process of its own, ended with the value.

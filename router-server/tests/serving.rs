@@ -220,6 +220,10 @@ async fn grpc_serves_the_contract() {
     let usage = usage.unwrap();
     assert_eq!((usage.prompt_tokens, usage.completion_tokens, usage.worker_id.as_str()), (3, 20, "only"));
 
+    let long = proto::GenerateRequest { request_id: "x".repeat(129), ..request.clone() };
+    let refused = client.generate(long).await.unwrap_err();
+    assert_eq!(refused.metadata().get("scls-field").unwrap(), "request_id", "it would come back with every piece");
+
     let sampling = proto::Sampling { logprobs: Some(2), ..Default::default() };
     let two = proto::GenerateRequest { n: 2, sampling: Some(sampling), ..request.clone() };
     let parts: Vec<_> = client.generate(two).await.unwrap().into_inner().map(Result::unwrap).collect().await;
