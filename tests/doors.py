@@ -304,7 +304,8 @@ class Reflected:
                 usage = piece.usage if piece.HasField("usage") else None
         except grpc.RpcError as error:
             assert error.code() == grpc.StatusCode.INVALID_ARGUMENT, error
-            raise Refusal(400, None, None) from error
+            told = dict(error.trailing_metadata())
+            raise Refusal(400, str(told["scls-field"]).rpartition(".")[2], None) from error
         assert usage is not None
         return Answer(choices, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 

@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
-    "qwen3": {"head_dim": 32},
+    "qwen3": {"head_dim": 32, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "mistral": {"sliding_window": 6},
     "gemma2": {
         "head_dim": 32,
@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"sliding_window": 7, "partial_rotary_factor": 0.5},
     "olmo2": {"num_key_value_heads": 1},
-    "mixtral": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 6},
     "qwen3_moe": {
         "head_dim": 32,
         "num_experts": 6,
@@ -57,6 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "mlp_only_layers": [1],
         "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 7,
     },
 }
 
