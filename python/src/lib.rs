@@ -1,6 +1,6 @@
 //! The Python binding: converts, releases the interpreter, calls, maps the error. Docs are those of `_native.pyi`, for
 //! `help`; a test holds them together.
-#![allow(clippy::doc_markdown)] // they are Python's
+#![allow(clippy::doc_markdown, clippy::doc_link_with_quotes)] // they are Python's
 
 mod decision;
 mod error;

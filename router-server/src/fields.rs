@@ -10,7 +10,6 @@ use crate::proto::Sampling;
 use crate::request::Params;
 use crate::sampling::{MOST_IDS, MOST_LOGPROBS, check_stops};
 
-/// Most messages of a conversation.
 /// Most answers to one request.
 pub(crate) const MOST_CHOICES: u32 = 128;
 

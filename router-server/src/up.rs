@@ -111,6 +111,9 @@ impl Worker {
             .args(["-m", "scls_worker", "--port", "0", "--exit-with-parent", "--worker-id", &self.name, "--model"])
             .arg(&self.model)
             .args(&self.more)
+            // What guards the router is none of a worker's business.
+            .env_remove("SCLS_ROUTER_API_KEY")
+            .env_remove("SCLS_ROUTER_FLEET_KEY")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
