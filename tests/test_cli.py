@@ -100,7 +100,7 @@ def test_a_wrong_setting_is_said_before_anything_listens(tmp_path: Path) -> None
     expected = (
         f"error: {path}: port: invalid value '70000': 70000 is not in 0..=65535\n"
         f"error: {path}: slice_length: unknown key\ndid you mean slice_len?\n"
-        "error: env SCLS_ROUTER_SEED: invalid value 'x': invalid digit found in string\n"
+        "error: env SCLS_ROUTER_SEED: invalid value 'x': it is not an integer\n"
     )
     for command in (["config", "check"], ["config", "show"], ["serve", "--worker-urls", "grpc://127.0.0.1:1"]):
         done = run([ROUTER], *command, "--config", str(path), SCLS_ROUTER_SEED="x")
