@@ -7,7 +7,8 @@ use divan::{Bencher, black_box};
 use hashbrown::HashSet;
 use router_core::{
     Action, BlockHash, BlockSize, BlockTrie, Blocks, Config, Epoch, Event, Micros, ModelSpec, NaiveIndex, NewRequest,
-    PolicyName, PrefixIndex, RequestId, Scheduler, Tokens, WorkerId, WorkerMessage, WorkerSpec, hash_blocks,
+    PolicyName, PrefixIndex, Product, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId, WorkerMessage,
+    WorkerSpec, hash_blocks,
 };
 
 const WORKERS: u32 = 64;
@@ -68,6 +69,45 @@ fn look_up_limit_one_probe_a_block(bencher: Bencher, len: usize) {
     let chain = hash_blocks(BlockHash(1), &prompt(len), size());
     let set: HashSet<BlockHash> = chain.iter().copied().collect();
     bencher.bench(|| black_box(&chain).iter().filter(|block| set.contains(*block)).count());
+}
+
+/// A request's way through the index: its blocks are committed on a worker that holds half of them, and taken back.
+#[divan::bench(args = LENGTHS)]
+fn commit_and_take_back(bencher: Bencher, len: usize) {
+    let chain = hash_blocks(BlockHash(1), &prompt(len), size());
+    let mut index = BlockTrie::default();
+    filled(&mut index, &chain[..chain.len() / 2]);
+    let worker = WorkerId(WORKERS - 1);
+    bencher.bench_local(|| {
+        index.commit(worker, black_box(&chain));
+        index.take_back(worker, black_box(&chain));
+    });
+}
+
+/// What an embedded router does for a hashed prompt: decide among 64 workers, count it there, and take that back.
+/// Each prompt goes on from the middle of another of the sessions that the workers hold, a quarter of a million blocks.
+#[divan::bench(args = LENGTHS, sample_count = 2000, sample_size = 1)]
+fn embedded_decision(bencher: Bencher, len: usize) {
+    let sessions = (1 << 22) / len as u32;
+    let ids = |session: u32, turn: u32| {
+        let ids = prompt(len).into_iter().enumerate();
+        ids.map(move |(at, id)| id ^ session ^ if at < len / 2 { 0 } else { turn }).collect::<Vec<u32>>()
+    };
+    let mut router = Router::new(size());
+    for w in 0..WORKERS {
+        router.add_worker(&w.to_string(), None).expect("a new name");
+    }
+    for session in 0..sessions {
+        let chain = hash_blocks(BlockHash(1), &ids(session, 0), size());
+        router.report(&(session % WORKERS).to_string(), false, &[], &chain).expect("a worker");
+    }
+    let prompts = (0..sessions.min(1000)).map(|at| Prompt::new(BlockHash(1), &ids(at * 7 % sessions, 1 << 20), size()));
+    let prompts: Vec<Prompt> = prompts.collect();
+    let mut next = prompts.iter().cycle();
+    bencher.bench_local(|| {
+        let choice = router.route(next.next().expect("endless").clone(), &Product, true).expect("a decision");
+        choice.id.map(|id| router.finished(id, &[]))
+    });
 }
 
 /// Tokens to decision: hash, look-up, score, for 64 workers that are all ready.

@@ -1,8 +1,12 @@
 //! The block trie. A chained hash names the whole path to its node, so the trie's edges need no storage: one map from
 //! hash to the set of workers that hold the block. A look-up walks the prompt's chain once for all workers and narrows
 //! a set of workers, which only shrinks with depth.
+//!
+//! Why a worker holds a block is kept apart, by worker: what changes nothing for look-ups, as a commit of a block that
+//! the worker has anyway, does not touch the nodes, which for a large fleet are far more than a cache takes.
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 use smallvec::SmallVec;
 
 use super::PrefixIndex;
@@ -29,10 +33,6 @@ impl WorkerSet {
         }
     }
 
-    fn contains(&self, worker: WorkerId) -> bool {
-        self.0.get(worker.0 as usize / 64).is_some_and(|word| word & (1 << (worker.0 % 64)) != 0)
-    }
-
     fn is_empty(&self) -> bool {
         self.0.iter().all(|&word| word == 0)
     }
@@ -42,37 +42,32 @@ impl WorkerSet {
     }
 }
 
-#[derive(Default)]
-struct Node {
-    /// Stored or committed: what a look-up asks.
-    held: WorkerSet,
-    stored: WorkerSet,
-    /// Commits by worker; almost always empty or one.
-    commits: SmallVec<[(WorkerId, u32); 1]>,
-}
-
-impl Node {
-    fn refresh(&mut self, worker: WorkerId) {
-        if self.stored.contains(worker) || self.commits.iter().any(|(w, _)| *w == worker) {
-            self.held.insert(worker);
-        } else {
-            self.held.remove(worker);
-        }
-    }
-}
-
 /// The index that serves.
 #[derive(Default)]
 pub struct BlockTrie {
-    nodes: HashMap<BlockHash, Node>,
-    /// Blocks by worker, so that removing one costs what it holds.
+    /// Who holds each block: what a look-up asks.
+    nodes: HashMap<BlockHash, WorkerSet>,
     by_worker: Vec<Holding>,
 }
 
+/// What one worker holds; removing the worker costs that much.
 #[derive(Default)]
 struct Holding {
-    blocks: HashSet<BlockHash>,
+    blocks: HashMap<BlockHash, Held>,
     stored: u64,
+}
+
+/// Why a worker holds a block.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    stored: bool,
+    commits: u32,
+}
+
+impl Held {
+    fn is_over(self) -> bool {
+        !self.stored && self.commits == 0
+    }
 }
 
 impl BlockTrie {
@@ -81,77 +76,85 @@ impl BlockTrie {
         self.nodes.len()
     }
 
-    fn change(&mut self, worker: WorkerId, block: BlockHash, change: impl FnOnce(&mut Node)) {
-        let node = self.nodes.entry(block).or_default();
-        let before = node.stored.contains(worker);
-        change(node);
-        node.refresh(worker);
-        let after = node.stored.contains(worker);
-        let (held, gone) = (node.held.contains(worker), node.held.is_empty());
+    /// What the worker holds, for changes.
+    fn holding(&mut self, worker: WorkerId) -> (&mut Holding, &mut HashMap<BlockHash, WorkerSet>) {
         let slot = worker.0 as usize;
         if self.by_worker.len() <= slot {
             self.by_worker.resize_with(slot + 1, Holding::default);
         }
-        let holding = &mut self.by_worker[slot];
-        holding.stored = holding.stored + u64::from(after) - u64::from(before);
-        if held {
-            holding.blocks.insert(block);
-        } else {
-            holding.blocks.remove(&block);
-        }
-        if gone {
-            self.nodes.remove(&block);
-        }
+        (&mut self.by_worker[slot], &mut self.nodes)
     }
 
-    fn blocks_of(&self, worker: WorkerId) -> Vec<BlockHash> {
-        self.by_worker.get(worker.0 as usize).map_or_else(Vec::new, |holding| holding.blocks.iter().copied().collect())
+    fn change(&mut self, worker: WorkerId, blocks: &[BlockHash], change: impl Fn(&mut Held)) {
+        let (holding, nodes) = self.holding(worker);
+        for &block in blocks {
+            let mut held = match holding.blocks.entry(block) {
+                Entry::Occupied(held) => held,
+                Entry::Vacant(place) => {
+                    let mut held = Held::default();
+                    change(&mut held);
+                    if !held.is_over() {
+                        holding.stored += u64::from(held.stored);
+                        place.insert(held);
+                        nodes.entry(block).or_default().insert(worker);
+                    }
+                    continue;
+                }
+            };
+            let before = held.get().stored;
+            change(held.get_mut());
+            holding.stored = holding.stored + u64::from(held.get().stored) - u64::from(before);
+            if held.get().is_over() {
+                held.remove();
+                leave(nodes, worker, block);
+            }
+        }
+    }
+}
+
+/// The worker holds the block no more.
+fn leave(nodes: &mut HashMap<BlockHash, WorkerSet>, worker: WorkerId, block: BlockHash) {
+    if let Entry::Occupied(mut workers) = nodes.entry(block) {
+        workers.get_mut().remove(worker);
+        if workers.get().is_empty() {
+            workers.remove();
+        }
     }
 }
 
 impl PrefixIndex for BlockTrie {
     fn store(&mut self, worker: WorkerId, block: BlockHash) {
-        self.change(worker, block, |node| node.stored.insert(worker));
+        self.change(worker, &[block], |held| held.stored = true);
     }
 
     fn evict(&mut self, worker: WorkerId, block: BlockHash) {
-        self.change(worker, block, |node| node.stored.remove(worker));
+        self.change(worker, &[block], |held| held.stored = false);
     }
 
     fn clear_stored(&mut self, worker: WorkerId) {
-        for block in self.blocks_of(worker) {
-            self.evict(worker, block);
-        }
+        let (holding, nodes) = self.holding(worker);
+        holding.stored = 0;
+        holding.blocks.retain(|block, held| {
+            held.stored = false;
+            if held.is_over() {
+                leave(nodes, worker, *block);
+            }
+            !held.is_over()
+        });
     }
 
     fn commit(&mut self, worker: WorkerId, blocks: &[BlockHash]) {
-        for &block in blocks {
-            self.change(worker, block, |node| match node.commits.iter_mut().find(|(w, _)| *w == worker) {
-                Some((_, count)) => *count += 1,
-                None => node.commits.push((worker, 1)),
-            });
-        }
+        self.change(worker, blocks, |held| held.commits += 1);
     }
 
     fn take_back(&mut self, worker: WorkerId, blocks: &[BlockHash]) {
-        for &block in blocks {
-            self.change(worker, block, |node| {
-                if let Some(at) = node.commits.iter().position(|(w, _)| *w == worker) {
-                    node.commits[at].1 -= 1;
-                    if node.commits[at].1 == 0 {
-                        node.commits.swap_remove(at);
-                    }
-                }
-            });
-        }
+        self.change(worker, blocks, |held| held.commits = held.commits.saturating_sub(1));
     }
 
     fn remove_worker(&mut self, worker: WorkerId) {
-        for block in self.blocks_of(worker) {
-            self.change(worker, block, |node| {
-                node.stored.remove(worker);
-                node.commits.retain(|(w, _)| *w != worker);
-            });
+        let (holding, nodes) = self.holding(worker);
+        for (block, _) in std::mem::take(holding).blocks {
+            leave(nodes, worker, block);
         }
     }
 
@@ -159,12 +162,12 @@ impl PrefixIndex for BlockTrie {
         depths.clear();
         depths.resize(self.by_worker.len(), 0);
         let Some(first) = chain.first().and_then(|block| self.nodes.get(block)) else { return };
-        let mut alive = first.held.clone();
+        let mut alive = first.clone();
         for (depth, block) in chain.iter().enumerate() {
             let node = self.nodes.get(block);
             let mut any = false;
             for (at, word) in alive.0.iter_mut().enumerate() {
-                let now = *word & node.map_or(0, |node| node.held.word(at));
+                let now = *word & node.map_or(0, |workers| workers.word(at));
                 let mut left = *word & !now;
                 while left != 0 {
                     depths[at * 64 + left.trailing_zeros() as usize] = depth;
@@ -195,9 +198,9 @@ impl PrefixIndex for BlockTrie {
     }
 
     fn bytes(&self) -> Bytes {
-        let nodes = self.nodes.capacity() * (size_of::<(BlockHash, Node)>() + 1);
-        let sets: usize =
-            self.by_worker.iter().map(|holding| holding.blocks.capacity() * (size_of::<BlockHash>() + 1)).sum();
-        Bytes((nodes + sets) as u64)
+        let nodes = self.nodes.capacity() * (size_of::<(BlockHash, WorkerSet)>() + 1);
+        let held = size_of::<(BlockHash, Held)>() + 1;
+        let holdings: usize = self.by_worker.iter().map(|holding| holding.blocks.capacity() * held).sum();
+        Bytes((nodes + holdings) as u64)
     }
 }
