@@ -86,7 +86,7 @@ bench: bench-core ## bench-core, and the core's look-ups and decisions one by on
 	@cargo bench --quiet -p router-core
 
 bench-core: ## text to decision for a later turn of a long conversation, with its parts
-	@cargo bench --quiet -p router-server --bench text
+	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/core.json cargo bench --quiet -p router-server --bench text
 
 bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)
 	@tools/setup.sh run

@@ -3,6 +3,7 @@
 //!
 //! Every round is a second turn that nobody has seen: the conversation so far is known, its last answer as the ids that
 //! were generated, and the user's next message is new. Medians of all rounds; run it with `make bench-core`.
+//! `SCLS_BENCH_JSON` names a file for the report.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -53,6 +54,18 @@ fn main() -> ExitCode {
     println!("{:>12}  the tokenizer alone, for the new text", micros(alone));
     println!("{:>12}  a hop to the blocking pool and back", micros(hop()));
     let allowed = BUDGET.0 + alone.mul_f64(BUDGET.1);
+    if let Some(file) = std::env::var_os("SCLS_BENCH_JSON") {
+        let us = |time: Duration| (time.as_secs_f64() * 1e7).round() / 10.0;
+        let rows = [("body to decision", median(&sums(&parts))), ("text to decision", total)].into_iter();
+        let rows = rows.chain(parts.iter().map(|(name, times)| (*name, median(times))));
+        let rows = rows.chain([("the tokenizer alone, for the new text", alone), ("allowed", allowed)]);
+        let rows: Vec<Value> = rows.map(|(name, time)| json!({"part": name, "us": us(time)})).collect();
+        let report = json!({
+            "name": "core", "command": "make bench-core", "tokens": bench.whole(&messages).len(), "workers": WORKERS,
+            "rounds": ROUNDS, "rows": rows, "holds": total <= allowed,
+        });
+        std::fs::write(file, format!("{report:#}\n")).expect("the report is written");
+    }
     let (verdict, code) = if total <= allowed { ("pass", 0) } else { ("FAIL", 1) };
     println!("{verdict}: {} of {} (120 us + 1.15 x the tokenizer alone)", micros(total), micros(allowed));
     ExitCode::from(code)
