@@ -83,8 +83,7 @@ impl Bench {
 
     fn text(&self, messages: &[Value]) -> String {
         let Parsed(messages) = serde_json::from_str(&Value::from(messages).to_string()).expect("JSON");
-        let messages: Vec<_> = items(&messages).collect();
-        self.template.render(&messages, None).expect("renders")
+        self.template.render(items(&messages).expect("a list"), None).expect("renders")
     }
 
     fn whole(&self, messages: &[Value]) -> Vec<u32> {

@@ -95,7 +95,7 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Value], tools: Option<&Value>) -> Result<String, TemplateError> {
         let messages: Vec<Value> = messages.iter().map(|message| self.message(message)).collect();
         let own = [
-            ("messages".to_owned(), Value::from(messages)),
+            ("messages".to_owned(), Value::from_object(messages)),
             ("tools".to_owned(), tools.map_or(Value::from(()), Value::clone)),
             ("documents".to_owned(), Value::from(())),
             ("add_generation_prompt".to_owned(), Value::from(true)),
@@ -113,17 +113,16 @@ impl ChatTemplate {
 
     /// A message in the form this template was written for; almost always that is the message itself.
     fn message(&self, message: &Value) -> Value {
-        let list = |name| member(message, name).filter(|value| value.kind() == ValueKind::Seq);
+        let list = |name| member(message, name).and_then(items);
         let parts = list("content").filter(|_| self.parts == Parts::Joined);
         let calls = list("tool_calls").filter(|_| self.arguments == Arguments::Parsed);
         let content = parts.map(|parts| {
-            let texts: Vec<String> =
-                items(parts).filter_map(|part| Some(member(&part, "text")?.as_str()?.to_owned())).collect();
+            let texts: Vec<&str> = parts.iter().filter_map(|part| member(part, "text")?.as_str()).collect();
             ("content", Value::from(texts.join("\n")))
         });
         let calls = calls.map(|calls| {
-            let calls: Vec<Value> = items(calls).map(|call| with_arguments(&call).unwrap_or(call)).collect();
-            ("tool_calls", Value::from(calls))
+            let parsed = calls.iter().map(|call| with_arguments(call).unwrap_or_else(|| call.clone()));
+            ("tool_calls", Value::from_object(parsed.collect::<Vec<Value>>()))
         });
         content.into_iter().chain(calls).fold(message.clone(), |message, (name, value)| with(&message, name, value))
     }
@@ -491,6 +490,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
         #[test]
         fn parsed_messages_read_as_those_made_by_way_of_json(
             messages in proptest::collection::vec(any_message(), 1..4),
