@@ -24,6 +24,8 @@ use serde_json::{Value, json};
 const WORKERS: u32 = 64;
 const TOKENS: usize = 16_384;
 const ROUNDS: usize = 500;
+/// Tokens of an answer that is learned.
+const ANSWER: usize = 1000;
 /// What a second turn may cost beside the tokenizer's own time for its new text, and how much of that time.
 const BUDGET: (Duration, f64) = (Duration::from_micros(120), 1.15);
 const ROOT: BlockHash = BlockHash(1);
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
     println!("{:>12}  all of it, body to decision", micros(median(&sums(&parts))));
     let alone = median(&alone);
     println!("{:>12}  the tokenizer alone, for the new text", micros(alone));
+    println!("{:>12}  learning an answer of {ANSWER} tokens", micros(bench.learning(&answer)));
     println!("{:>12}  a hop to the blocking pool and back", micros(hop()));
     let allowed = BUDGET.0 + alone.mul_f64(BUDGET.1);
     let (verdict, code) = if total <= allowed { ("pass", 0) } else { ("FAIL", 1) };
@@ -156,6 +159,22 @@ impl Bench {
             alone.push(start.elapsed());
         }
         (parts, alone)
+    }
+
+    /// The end of an answer, when its ids become a part of the conversation.
+    fn learning(&self, answer: &str) -> Duration {
+        let split = self.tokenizer.split().expect("a tokenizer that can be split");
+        let ids = self.tokenizer.encode(&answer.repeat(ANSWER), false).expect("ids");
+        let conversations = Arc::new(Conversations::default());
+        let one = |_| {
+            let turn = conversations.encode(&self.tokenizer, split, "<|user|>Hi<|end|><|assistant|>").expect("ids").1;
+            let mut turn = turn.expect("a turn");
+            turn.push(&ids[..ANSWER]);
+            let start = Instant::now();
+            turn.learn();
+            start.elapsed()
+        };
+        median(&(0..ROUNDS).map(one).collect::<Vec<_>>())
     }
 }
 

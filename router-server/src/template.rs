@@ -305,6 +305,8 @@ fn write_string(text: &str, out: &mut String) {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -483,8 +485,10 @@ mod tests {
         let more = proptest::collection::vec(("x[0-9a-f]", any_json()), 0..20);
         (role, content, proptest::option::of(calls), more).prop_map(|(role, content, calls, more)| {
             let mut message = json!({"role": role, "content": content});
-            calls.into_iter().for_each(|calls| message["tool_calls"] = Json::from(calls));
-            more.into_iter().for_each(|(name, value)| message[name] = value);
+            let calls = calls.map(|calls| ("tool_calls".to_owned(), Json::from(calls)));
+            for (name, value) in calls.into_iter().chain(more) {
+                message[name] = value;
+            }
             message
         })
     }
@@ -516,9 +520,11 @@ mod tests {
             template("{{ messages[0] | tojson }}").expect("compiles").render(&[message], None).expect("renders")
         };
         assert_eq!(render(r#"{"a": 1, "b": 2, "a": 3}"#), r#"{"a": 3, "b": 2}"#);
-        let many: String = (0..40).map(|i| format!(r#""x{}": {i}, "#, i % 20)).collect();
-        let want: Vec<String> = (20..40).map(|i| format!(r#""x{}": {i}"#, i % 20)).collect();
-        assert_eq!(render(&format!(r#"{{{many}"x0": 20}}"#)), format!("{{{}}}", want.join(", ")));
+        let members = |values: Range<u32>| {
+            let members: Vec<String> = values.map(|i| format!(r#""x{}": {i}"#, i % 20)).collect();
+            format!("{{{}}}", members.join(", "))
+        };
+        assert_eq!(render(&members(0..40)), members(20..40));
     }
 
     #[test]
