@@ -10,7 +10,6 @@ use std::sync::Arc;
 use minijinja::Value;
 use minijinja::value::{Enumerator, Object, ObjectExt, ValueKind};
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
-use smallvec::SmallVec;
 
 /// Members that are found sooner by looking at each than by hashing a name.
 const FEW: usize = 12;
@@ -21,8 +20,7 @@ pub struct Parsed(pub Value);
 /// An object that was JSON.
 #[derive(Clone, Debug, Default)]
 pub struct Members {
-    /// Most objects in a body are messages and calls, which have no more.
-    all: SmallVec<[(Value, Value); 4]>,
+    all: Vec<(Value, Value)>,
     /// Where each is, if they are more than [`FEW`].
     places: Option<HashMap<Value, usize>>,
 }
