@@ -25,6 +25,8 @@ use serde_json::{Value, json};
 const WORKERS: u32 = 64;
 const TOKENS: usize = 16_384;
 const ROUNDS: usize = 500;
+/// Tokens of an answer that is learned.
+const ANSWER: usize = 1000;
 /// What a second turn may cost beside the tokenizer's own time for its new text, and how much of that time.
 const BUDGET: (Duration, f64) = (Duration::from_micros(120), 1.15);
 const ROOT: BlockHash = BlockHash(1);
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
     println!("{:>12}  all of it, body to decision", micros(median(&sums(&parts))));
     let alone = median(&alone);
     println!("{:>12}  the tokenizer alone, for the new text", micros(alone));
+    println!("{:>12}  learning an answer of {ANSWER} tokens", micros(bench.learning(&answer)));
     println!("{:>12}  a hop to the blocking pool and back", micros(hop()));
     let allowed = BUDGET.0 + alone.mul_f64(BUDGET.1);
     if let Some(file) = std::env::var_os("SCLS_BENCH_JSON") {
@@ -96,8 +99,7 @@ impl Bench {
 
     fn text(&self, messages: &[Value]) -> String {
         let Parsed(messages) = serde_json::from_str(&Value::from(messages).to_string()).expect("JSON");
-        let messages: Vec<_> = items(&messages).collect();
-        self.template.render(&messages, None).expect("renders")
+        self.template.render(items(&messages).expect("a list"), None).expect("renders")
     }
 
     fn whole(&self, messages: &[Value]) -> Vec<u32> {
@@ -170,6 +172,22 @@ impl Bench {
             alone.push(start.elapsed());
         }
         (parts, alone)
+    }
+
+    /// The end of an answer, when its ids become a part of the conversation.
+    fn learning(&self, answer: &str) -> Duration {
+        let split = self.tokenizer.split().expect("a tokenizer that can be split");
+        let ids = self.tokenizer.encode(&answer.repeat(ANSWER), false).expect("ids");
+        let conversations = Arc::new(Conversations::default());
+        let one = |_| {
+            let turn = conversations.encode(&self.tokenizer, split, "<|user|>Hi<|end|><|assistant|>").expect("ids").1;
+            let mut turn = turn.expect("a turn");
+            turn.push(&ids[..ANSWER]);
+            let start = Instant::now();
+            turn.learn();
+            start.elapsed()
+        };
+        median(&(0..ROUNDS).map(one).collect::<Vec<_>>())
     }
 }
 

@@ -22,42 +22,41 @@ pub struct Parsed(pub Value);
 pub struct Members {
     all: Vec<(Value, Value)>,
     /// Where each is, if they are more than [`FEW`].
-    places: HashMap<Value, usize>,
+    places: Option<HashMap<Value, usize>>,
 }
 
 impl Members {
-    /// The value of this name.
-    pub fn get(&self, name: &str) -> Option<&Value> {
-        let at = if self.places.is_empty() {
-            self.all.iter().position(|(own, _)| own.as_str() == Some(name))
-        } else {
-            self.places.get(&Value::from(name)).copied()
-        };
-        at.map(|at| &self.all[at].1)
+    /// Names and values, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = &(Value, Value)> {
+        self.all.iter()
     }
 
-    /// All of them, in their order.
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &(Value, Value)> {
-        self.all.iter()
+    /// The value of this name.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.place(name).map(|at| &self.all[at].1)
+    }
+
+    fn place(&self, name: &str) -> Option<usize> {
+        match &self.places {
+            None => self.all.iter().position(|(own, _)| own.as_str() == Some(name)),
+            Some(places) => places.get(&Value::from(name)).copied(),
+        }
     }
 
     /// Another value for this name, or one more name.
     pub fn set(&mut self, name: Value, value: Value) {
-        let at = if self.places.is_empty() {
-            self.all.iter().position(|(own, _)| own.as_str() == name.as_str())
-        } else {
-            self.places.get(&name).copied()
-        };
-        match at {
-            Some(at) => self.all[at].1 = value,
-            None if self.all.len() < FEW => self.all.push((name, value)),
-            None => {
-                if self.places.is_empty() {
-                    self.places = self.all.iter().zip(0..).map(|((name, _), at)| (name.clone(), at)).collect();
-                }
-                self.places.insert(name.clone(), self.all.len());
-                self.all.push((name, value));
+        if let Some(at) = name.as_str().and_then(|name| self.place(name)) {
+            self.all[at].1 = value;
+            return;
+        }
+        let at = self.all.len();
+        self.all.push((name.clone(), value));
+        match &mut self.places {
+            Some(places) => {
+                places.insert(name, at);
             }
+            None if at < FEW => {}
+            None => self.places = Some(self.all.iter().zip(0..).map(|((name, _), at)| (name.clone(), at)).collect()),
         }
     }
 }
@@ -72,7 +71,7 @@ impl Object for Members {
     }
 
     fn enumerate(self: &Arc<Self>) -> Enumerator {
-        self.mapped_rev_key_value_enumerator(|members| Box::new(members.iter().cloned()))
+        self.mapped_rev_key_value_enumerator(|members| Box::new(members.all.iter().cloned()))
     }
 
     fn enumerator_len(self: &Arc<Self>) -> Option<usize> {
@@ -90,15 +89,14 @@ pub fn member<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
     members(value)?.get(name)
 }
 
-/// The items of a list; none if it is no list.
-pub fn items(value: &Value) -> impl Iterator<Item = Value> {
-    let list = (value.kind() == ValueKind::Seq).then(|| value.try_iter().ok());
-    list.flatten().into_iter().flatten()
+/// The items of a list; `None` if it is none.
+pub fn items(value: &Value) -> Option<&[Value]> {
+    value.downcast_object_ref::<Vec<Value>>().map(Vec::as_slice)
 }
 
-/// What a value is, for messages; no value is null.
-pub fn kind_of(value: Option<&Value>) -> &'static str {
-    match value.map_or(ValueKind::None, Value::kind) {
+/// What a value is, for messages; what is not there is null.
+pub fn kind_of(value: &Value) -> &'static str {
+    match value.kind() {
         ValueKind::Bool => "a boolean",
         ValueKind::Number => "a number",
         ValueKind::String => "a string",
@@ -145,7 +143,7 @@ impl<'de> Visitor<'de> for ParsedVisitor {
         while let Some(Parsed(item)) = seq.next_element()? {
             all.push(item);
         }
-        Ok(Value::from(all))
+        Ok(Value::from_object(all))
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
         let mut members = Members::default();

@@ -95,7 +95,7 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Value], tools: Option<&Value>) -> Result<String, TemplateError> {
         let messages: Vec<Value> = messages.iter().map(|message| self.message(message)).collect();
         let own = [
-            ("messages".to_owned(), Value::from(messages)),
+            ("messages".to_owned(), Value::from_object(messages)),
             ("tools".to_owned(), tools.map_or(Value::from(()), Value::clone)),
             ("documents".to_owned(), Value::from(())),
             ("add_generation_prompt".to_owned(), Value::from(true)),
@@ -113,17 +113,16 @@ impl ChatTemplate {
 
     /// A message in the form this template was written for; almost always that is the message itself.
     fn message(&self, message: &Value) -> Value {
-        let list = |name| member(message, name).filter(|value| value.kind() == ValueKind::Seq);
+        let list = |name| member(message, name).and_then(items);
         let parts = list("content").filter(|_| self.parts == Parts::Joined);
         let calls = list("tool_calls").filter(|_| self.arguments == Arguments::Parsed);
         let content = parts.map(|parts| {
-            let texts: Vec<String> =
-                items(parts).filter_map(|part| Some(member(&part, "text")?.as_str()?.to_owned())).collect();
+            let texts: Vec<&str> = parts.iter().filter_map(|part| member(part, "text")?.as_str()).collect();
             ("content", Value::from(texts.join("\n")))
         });
         let calls = calls.map(|calls| {
-            let calls: Vec<Value> = items(calls).map(|call| with_arguments(&call).unwrap_or(call)).collect();
-            ("tool_calls", Value::from(calls))
+            let parsed = calls.iter().map(|call| with_arguments(call).unwrap_or_else(|| call.clone()));
+            ("tool_calls", Value::from_object(parsed.collect::<Vec<Value>>()))
         });
         content.into_iter().chain(calls).fold(message.clone(), |message, (name, value)| with(&message, name, value))
     }
@@ -306,6 +305,8 @@ fn write_string(text: &str, out: &mut String) {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -484,10 +485,8 @@ mod tests {
         let more = proptest::collection::vec(("x[0-9a-f]", any_json()), 0..20);
         (role, content, proptest::option::of(calls), more).prop_map(|(role, content, calls, more)| {
             let mut message = json!({"role": role, "content": content});
-            if let Some(calls) = calls {
-                message["tool_calls"] = Json::from(calls);
-            }
-            for (name, value) in more {
+            let calls = calls.map(|calls| ("tool_calls".to_owned(), Json::from(calls)));
+            for (name, value) in calls.into_iter().chain(more) {
                 message[name] = value;
             }
             message
@@ -495,6 +494,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
         #[test]
         fn parsed_messages_read_as_those_made_by_way_of_json(
             messages in proptest::collection::vec(any_message(), 1..4),
@@ -520,11 +520,11 @@ mod tests {
             template("{{ messages[0] | tojson }}").expect("compiles").render(&[message], None).expect("renders")
         };
         assert_eq!(render(r#"{"a": 1, "b": 2, "a": 3}"#), r#"{"a": 3, "b": 2}"#);
-        let fields = |of: std::ops::Range<u32>| {
-            let fields: Vec<String> = of.map(|i| format!(r#""x{}": {i}"#, i % 20)).collect();
-            fields.join(", ")
+        let members = |values: Range<u32>| {
+            let members: Vec<String> = values.map(|i| format!(r#""x{}": {i}"#, i % 20)).collect();
+            format!("{{{}}}", members.join(", "))
         };
-        assert_eq!(render(&format!(r#"{{{}, "x0": 20}}"#, fields(0..40))), format!("{{{}}}", fields(20..40)));
+        assert_eq!(render(&members(0..40)), members(20..40));
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Text to ids and back. Knows one model's tokenizer; does not know requests or threads.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use hashbrown::HashSet;
 use serde_json::Value as Json;
 use tokenizers::{Encoding, Token};
 
@@ -18,6 +20,8 @@ pub struct Tokenizer {
     pub(crate) inner: tokenizers::Tokenizer,
     most_bytes: Option<usize>,
     split: Option<Split>,
+    /// Ids that decoding does not leave out.
+    read: HashSet<u32>,
 }
 
 /// How a text is tokenised piece by piece: the ids of its pieces, one after the other, in this frame.
@@ -47,8 +51,12 @@ impl Tokenizer {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
         inner.with_truncation(None)?.with_padding(None);
         let shape: Option<Shape> = serde_json::from_slice(bytes).ok();
-        let most_bytes = shape.as_ref().and_then(|shape| most_bytes(shape, &inner));
-        let mut tokenizer = Self { inner, most_bytes, split: None };
+        let vocab = inner.get_vocab(true);
+        let most_bytes = shape.as_ref().and_then(|shape| most_bytes(shape, &vocab));
+        let special = |token: &str| inner.get_added_vocabulary().is_special_token(token);
+        let read = |id: &u32| inner.id_to_token(*id).is_some_and(|token| !special(&token));
+        let read = vocab.into_values().filter(read).collect();
+        let mut tokenizer = Self { inner, most_bytes, split: None, read };
         tokenizer.split = shape.and_then(|shape| tokenizer.find_split(&shape));
         Ok(tokenizer)
     }
@@ -137,8 +145,7 @@ impl Tokenizer {
 
     /// Whether decoding leaves this id out wherever it stands.
     pub fn silent(&self, id: u32) -> bool {
-        let added = self.inner.get_added_vocabulary();
-        self.inner.id_to_token(id).is_none_or(|token| added.is_special_token(&token))
+        !self.read.contains(&id)
     }
 }
 
@@ -168,7 +175,7 @@ struct ModelShape {
 
 /// An upper bound, for tokenizers of which we know that every byte of the text is in some token: BPE over bytes or with
 /// all bytes to fall back on, and nothing before it that leaves text out.
-fn most_bytes(shape: &Shape, tokenizer: &tokenizers::Tokenizer) -> Option<usize> {
+fn most_bytes(shape: &Shape, vocab: &HashMap<String, u32>) -> Option<usize> {
     let strips = |token: &Json| token["lstrip"] == true || token["rstrip"] == true;
     if shape.model.kind != "BPE" || shape.added_tokens.iter().any(strips) {
         return None;
@@ -197,7 +204,6 @@ fn most_bytes(shape: &Shape, tokenizer: &tokenizers::Tokenizer) -> Option<usize>
             _ => return None,
         }
     }
-    let vocab = tokenizer.get_vocab(true);
     let whole = if normalizers.iter().chain(&pre_tokenizers).any(|step| step["type"] == "ByteLevel") {
         let bytes = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         bytes.iter().all(|byte| vocab.contains_key(byte.encode_utf8(&mut [0; 4]) as &str))

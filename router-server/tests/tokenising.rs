@@ -250,6 +250,16 @@ proptest! {
 }
 
 #[test]
+fn silent_ids_are_those_that_read_nothing() {
+    // Of this one every other token reads something, even where it stands alone.
+    let (_, tokenizer) = &TOKENIZERS[0];
+    let (silent, reads): (Vec<u32>, Vec<u32>) = (0..3000).partition(|id| tokenizer.silent(*id));
+    let nothing: Vec<u32> = (0..3000).filter(|id| tokenizer.decode(&[*id]).is_empty()).collect();
+    assert_eq!(silent, nothing);
+    assert!(reads.len() > 2000 && silent.len() > 300, "special tokens, and ids that are none");
+}
+
+#[test]
 fn the_next_turn_has_the_ids_that_were_generated() {
     let tokenizer = tokenizer(&airline());
     let split = tokenizer.split().unwrap();
