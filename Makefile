@@ -54,7 +54,7 @@ lint: ## formats, lints, types, layering, generated stubs
 	@$(PY) -m mypy workers/scls_worker python/scls_router
 	@$(PY) -c 'import scls_router' 2>/dev/null || $(MAKE) --no-print-directory build
 	@$(PY) -m mypy.stubtest scls_router._native --concise --mypy-config-file pyproject.toml
-	@$(PY) workers/gen_proto.py --check
+	@$(PY) tools/gen_proto.py --check
 
 rust-test: ## cargo test
 	@echo "==> cargo test"
@@ -77,7 +77,7 @@ soak: ## the long forms of the tests: the full exactness product, many kills, fu
 
 proto: ## Python stubs from proto/ (Rust makes its own in the build)
 	@tools/setup.sh test
-	@$(PY) workers/gen_proto.py
+	@$(PY) tools/gen_proto.py
 
 readme-figures: ## the README's tables from bench/results
 	@$(PY) tools/readme_figures.py

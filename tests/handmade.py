@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import grpc
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import worker_pb2 as pb
-from scls_worker.proto import worker_pb2_grpc
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2_grpc
 
 # What the contract asks of a message without a bound.
 CHUNK = 1 << 20

@@ -12,9 +12,9 @@ from typing import Any
 
 import grpc
 from scls_router import hash_blocks
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import worker_pb2 as pb
-from scls_worker.proto import worker_pb2_grpc
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2_grpc
 
 _epochs = itertools.count(1)
 Report = pb.SliceReport

@@ -11,8 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from harness import MODEL, Process, RustMock, Worker
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import worker_pb2 as pb
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
 from session import Row, Session
 
 KINDS = ["real", "python-mock", "rust-mock"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from harness import MODEL, Worker
 from reference import differs, greedy
-from scls_worker.proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2 as pb
 from session import Row, Session
 from transformers import AutoConfig, AutoModelForCausalLM
 

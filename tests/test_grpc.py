@@ -15,10 +15,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from handmade import HandmadeWorker
 from harness import MODEL, Router, RustMock, Worker
 from reference import differs, greedy
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import router_pb2 as pb
-from scls_worker.proto import router_pb2_grpc, worker_pb2_grpc
-from scls_worker.proto import worker_pb2 as wpb
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import router_pb2 as pb
+from scls_router.proto import router_pb2_grpc, worker_pb2_grpc
+from scls_router.proto import worker_pb2 as wpb
 from session import ids_of
 
 

@@ -27,11 +27,11 @@ import torch
 from harness import MODEL, Router, RustMock, Worker
 from reference import differs, greedy
 from scls_router import AsyncClient, Client, RetryPolicy, errors, hash_blocks, results
-from scls_router._proto import common_pb2 as common
-from scls_router._proto import router_pb2 as pb
-from scls_router._proto import router_pb2_grpc
 from scls_router._request import generate_request, packed_ids
 from scls_router._retry import Attempts, Budget
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import router_pb2 as pb
+from scls_router.proto import router_pb2_grpc
 
 MOCK = ["--served-name", "tiny", "--vocab", "2560", "--tokenizer", str(MODEL)]
 ONCE = RetryPolicy(attempts=1)

@@ -16,9 +16,9 @@ from typing import Any
 import grpc
 import pytest
 from harness import MODEL, Router, RustMock
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import router_pb2, router_pb2_grpc, worker_pb2_grpc
-from scls_worker.proto import worker_pb2 as pb
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import router_pb2, router_pb2_grpc, worker_pb2_grpc
+from scls_router.proto import worker_pb2 as pb
 
 KEY = {"authorization": "Bearer second"}
 CHAT = {"messages": [{"role": "user", "content": "a"}]}

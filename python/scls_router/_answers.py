@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from scls_router._proto import common_pb2 as common
-from scls_router._proto import router_pb2 as pb
 from scls_router.errors import InternalError
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import router_pb2 as pb
 from scls_router.results import (
     Candidate,
     Choice,

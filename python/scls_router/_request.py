@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 
-from scls_router._proto import common_pb2 as common
-from scls_router._proto import router_pb2 as pb
 from scls_router.errors import InvalidRequest
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import router_pb2 as pb
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Required

@@ -12,9 +12,9 @@ import grpc
 
 from scls_router import _answers, _request
 from scls_router._channel import OPTIONS, address, closed, error_of, metadata
-from scls_router._proto import router_pb2 as pb
-from scls_router._proto.router_pb2_grpc import RouterStub
 from scls_router._retry import Attempts, Budget, RetryPolicy
+from scls_router.proto import router_pb2 as pb
+from scls_router.proto.router_pb2_grpc import RouterStub
 from scls_router.results import Completion, Piece, RouteDecision, WorkerStatus
 
 if TYPE_CHECKING:

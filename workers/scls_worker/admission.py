@@ -5,9 +5,10 @@ Knows rows and blocks. Does not know messages, iterations or who is told.
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 
+from scls_router.proto import worker_pb2 as pb
+
 from .kv_pool import KvPool, Use
 from .plans import Plan, Refusal
-from .proto import worker_pb2 as pb
 from .rows import Row, RowKey
 
 

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
+
 from . import reports
 from .admission import admit, hold
 from .kv_pool import KvPool, Use
 from .owner import Owner, Session
 from .plans import Plan, Refusal, read_plan
-from .proto import common_pb2 as common
-from .proto import worker_pb2 as pb
 from .rows import Batch, Chunk, Drawn, Row, RowKey
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from .proto import common_pb2 as common
+from scls_router.proto import common_pb2 as common
 
 # Minor version of the contract in proto/scls/v1 that this worker speaks.
 PROTO_MINOR = 0

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from scls_router.proto import common_pb2 as common
 from torch import Tensor
-
-from .proto import common_pb2 as common
 
 
 class Logprobs(NamedTuple):

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
+from scls_router.proto import worker_pb2 as pb
+
 from .engine import Engine
 from .owner import Session
 from .plans import Refusal
-from .proto import worker_pb2 as pb
 
 log = logging.getLogger(__name__)
 

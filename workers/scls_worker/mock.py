@@ -9,7 +9,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from .proto import common_pb2 as common
+from scls_router.proto import common_pb2 as common
+
 from .rows import Chunk, Drawn, Row
 
 # Ids below are left to a tokenizer's special tokens. An eos is never drawn: mock rows end by length or a stop id.

@@ -8,13 +8,14 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from scls_router.proto import common_pb2 as common
+
 from . import __version__
 from .engine import Runner
 from .errors import StartupError
 from .folder import check_folder, check_tokenizer
 from .info import digest, tokenizer_files, worker_info
 from .mock import EOS_ID, FIRST_ID, MockRunner
-from .proto import common_pb2 as common
 
 MOCK_CONTEXT = 8192
 MOCK_VOCAB = 32000

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from .proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2 as pb
 
 
 class Session(Protocol):

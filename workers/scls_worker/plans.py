@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
 
-from .proto import common_pb2 as common
-from .proto import worker_pb2 as pb
 from .rows import Draw, Row, RowKey
 
 # Rows of a list that is too long are not all named back.

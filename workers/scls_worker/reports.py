@@ -5,11 +5,11 @@ given.
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
 
 from .kv_pool import KvPool
 from .plans import Refusal
-from .proto import common_pb2 as common
-from .proto import worker_pb2 as pb
 from .rows import Batch, Drawn, Row
 
 # No message passes 1 MiB; a little is left for the rest of it.

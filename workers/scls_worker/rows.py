@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scls_router import hash_blocks
+from scls_router.proto import common_pb2 as common
 
 from .kv_pool import KvPool, Parent, Use
-from .proto import common_pb2 as common
 from .seen import Seen
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2_grpc
 
 from .errors import StartupError
 from .info import read_pieces
 from .loop import EngineThread
-from .proto import common_pb2 as common
-from .proto import worker_pb2 as pb
-from .proto import worker_pb2_grpc
 from .session import StreamSession
 
 log = logging.getLogger(__name__)

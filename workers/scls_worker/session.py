@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from .proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2 as pb
 
 
 class StreamSession:

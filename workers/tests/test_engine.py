@@ -4,8 +4,8 @@ import math
 import struct
 
 import pytest
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import worker_pb2 as pb
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
 from scls_worker.rows import Drawn
 from worker_harness import (
     VOCAB,

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import tiny_families
+from scls_router.proto import worker_pb2 as pb
 from scls_worker.errors import StartupError
 from scls_worker.folder import FAMILIES, check_family
 from scls_worker.options import build, parser
-from scls_worker.proto import worker_pb2 as pb
 from tiny_families import VOCAB
 from worker_harness import Router, ids_of, of, row_id, start
 

@@ -1,8 +1,8 @@
 """The engine's thread: what goes wrong in a message stays in that message."""
 
 import pytest
+from scls_router.proto import worker_pb2 as pb
 from scls_worker.loop import EngineThread
-from scls_worker.proto import worker_pb2 as pb
 from worker_harness import Router, kinds, of, start
 
 

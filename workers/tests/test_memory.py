@@ -5,7 +5,7 @@ of it.
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scls_worker.proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2 as pb
 from worker_harness import Router, ids_of, kinds, mock_output, of, row_id, start, unpack
 
 LIST, NONE = pb.Plan.KEEP_LIST, pb.Plan.KEEP_NONE

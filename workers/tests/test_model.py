@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import tiny_llama
+from scls_router.proto import worker_pb2 as pb
 from scls_worker.options import build, parser
-from scls_worker.proto import worker_pb2 as pb
 from worker_harness import Router, ids_of, of, row_id, start
 
 torch = pytest.importorskip("torch")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from scls_router.proto import worker_pb2 as pb
 from scls_worker.mock import splitmix64
-from scls_worker.proto import worker_pb2 as pb
 from scls_worker.rows import Chunk, Drawn
 from worker_harness import Router, ids_of, of, row_id, start
 

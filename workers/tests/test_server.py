@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from scls_router.proto import worker_pb2 as pb
+from scls_router.proto import worker_pb2_grpc
 from scls_worker.errors import StartupError
 from scls_worker.info import digest
 from scls_worker.options import build, parser
-from scls_worker.proto import worker_pb2 as pb
-from scls_worker.proto import worker_pb2_grpc
 from worker_harness import ids_of, mock_output, of, start
 
 LINE = "scls-worker listening on 127.0.0.1:"

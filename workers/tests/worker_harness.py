@@ -6,12 +6,12 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from scls_router.proto import common_pb2 as common
+from scls_router.proto import worker_pb2 as pb
 from scls_worker.engine import Engine, Runner
 from scls_worker.info import worker_info
 from scls_worker.kv_pool import KvPool
 from scls_worker.mock import MockRunner, next_token
-from scls_worker.proto import common_pb2 as common
-from scls_worker.proto import worker_pb2 as pb
 from scls_worker.rows import Drawn
 
 VOCAB = 1000

@@ -1,8 +1,7 @@
-"""Generates the Python protobuf stubs from proto/ into the packages that carry them. `--check` compares instead.
+"""Generates the Python protobuf stubs from proto/ into scls_router.proto, for clients and workers. `--check` compares
+instead.
 
-The stubs are committed, so nobody needs protoc to install or to read them. Two packages may carry the same stubs:
-protobuf's descriptor pool takes a second registration of a file if its content is the same, and gives back the same
-classes.
+The stubs are committed, so nobody needs protoc to install or to read them.
 """
 
 import argparse
@@ -15,8 +14,7 @@ from grpc_tools import protoc  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "proto/scls/v1").glob("*.proto"))
-# Package directories that get a full set of stubs.
-TARGETS = [ROOT / "workers/scls_worker/proto", ROOT / "python/scls_router/_proto"]
+TARGET = ROOT / "python/scls_router/proto"
 
 INIT = '"""Generated protobuf and gRPC stubs of proto/scls/v1; `make proto` writes them."""\n'
 # The generators refuse every runtime older than themselves, though this code uses nothing younger than the floors in
@@ -63,21 +61,20 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="name stale files and exit 1; write nothing")
     check = parser.parse_args().check
     stale = []
-    for target in TARGETS:
-        files = generate()
-        present = {p.name for p in target.glob("*.py*")} if target.is_dir() else set()
-        for name in sorted(files.keys() | present):
-            path = target / name
-            if path.is_file() and path.read_text() == files.get(name):
-                continue
-            stale.append(path.relative_to(ROOT))
-            if check:
-                continue
-            target.mkdir(parents=True, exist_ok=True)
-            if name in files:
-                path.write_text(files[name])
-            else:
-                path.unlink()
+    files = generate()
+    present = {p.name for p in TARGET.glob("*.py*")} if TARGET.is_dir() else set()
+    for name in sorted(files.keys() | present):
+        path = TARGET / name
+        if path.is_file() and path.read_text() == files.get(name):
+            continue
+        stale.append(path.relative_to(ROOT))
+        if check:
+            continue
+        TARGET.mkdir(parents=True, exist_ok=True)
+        if name in files:
+            path.write_text(files[name])
+        else:
+            path.unlink()
     if check and stale:
         sys.exit("stale stubs, run `make proto`:\n" + "\n".join(f"  {path}" for path in stale))
 
