@@ -30,6 +30,8 @@ pub const DRAIN: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_millis(500);
 /// Calls of one gRPC connection at once; a client's further ones wait there.
 const MOST_STREAMS: u32 = 1024;
+/// What reflection lists and health reports.
+const SERVICE: &str = "scls.v1.Router";
 const DESCRIPTOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/scls_descriptor.bin"));
 
 /// Bound sockets.
@@ -100,22 +102,27 @@ pub async fn serve(
     result
 }
 
-fn descriptors() -> tonic_reflection::server::Builder<'static> {
+/// The contract's files are in it whole; listed is what is served beside health: `service`.
+fn descriptors(service: &'static str) -> tonic_reflection::server::Builder<'static> {
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTOR)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name(service)
+        .with_service_name("grpc.health.v1.Health")
 }
 
 type Reflected<T> = Result<T, tonic_reflection::server::Error>;
 
 /// Reflection as it is today.
-pub(crate) fn reflection() -> Reflected<v1::ServerReflectionServer<impl v1::ServerReflection>> {
-    descriptors().build_v1()
+pub(crate) fn reflection(service: &'static str) -> Reflected<v1::ServerReflectionServer<impl v1::ServerReflection>> {
+    descriptors(service).build_v1()
 }
 
 /// Reflection as older clients ask for it.
-pub(crate) fn reflection_alpha() -> Reflected<v1alpha::ServerReflectionServer<impl v1alpha::ServerReflection>> {
-    descriptors().build_v1alpha()
+pub(crate) fn reflection_alpha(
+    service: &'static str,
+) -> Reflected<v1alpha::ServerReflectionServer<impl v1alpha::ServerReflection>> {
+    descriptors(service).build_v1alpha()
 }
 
 async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<bool>) -> Result<(), ServeError> {
@@ -131,8 +138,8 @@ async fn grpc(app: Arc<App>, listener: TcpListener, stopped: watch::Receiver<boo
     });
     let routes = Routes::new(service)
         .add_service(health_service)
-        .add_service(reflection()?)
-        .add_service(reflection_alpha()?)
+        .add_service(reflection(SERVICE)?)
+        .add_service(reflection_alpha(SERVICE)?)
         .into_axum_router()
         .layer(axum::middleware::from_fn(deadline::keep));
     let served = tonic::transport::Server::builder()
@@ -157,7 +164,7 @@ async fn report_health(app: Arc<App>, health: tonic_health::server::HealthReport
         let ready = app.is_ready();
         if last.replace(ready) != Some(ready) {
             let status = if ready { Serving } else { NotServing };
-            for name in ["", "scls.v1.Router"] {
+            for name in ["", SERVICE] {
                 health.set_service_status(name, status).await;
             }
         }

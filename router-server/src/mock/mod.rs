@@ -36,6 +36,7 @@ use engine::Input;
 
 /// Messages of a session that may wait to be sent. A router that lets so many lie is gone.
 const RING: usize = 4096;
+const SERVICE: &str = "scls.v1.Worker";
 const CHUNK: usize = 1 << 20;
 /// The files a router may ask for, those that exist; the digest covers the same.
 const FILES: [&str; 5] = [
@@ -127,8 +128,8 @@ pub async fn serve(args: &MockArgs, listener: TcpListener, shutdown: impl Future
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(8 << 20)
         .add_service(health_service)
-        .add_service(crate::serve::reflection().map_err(|error| error.to_string())?)
-        .add_service(crate::serve::reflection_alpha().map_err(|error| error.to_string())?)
+        .add_service(crate::serve::reflection(SERVICE).map_err(|error| error.to_string())?)
+        .add_service(crate::serve::reflection_alpha(SERVICE).map_err(|error| error.to_string())?)
         .add_service(service.max_decoding_message_size(MOST_MESSAGE).max_encoding_message_size(MOST_MESSAGE))
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
             shutdown.await;
