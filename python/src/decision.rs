@@ -46,6 +46,7 @@ impl Decision {
             queued: Tokens(queued),
             batch_size,
             work: Micros::ZERO,
+            joined: Micros::ZERO,
             free: Blocks::ZERO,
         });
         let view = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names };

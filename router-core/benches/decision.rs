@@ -6,9 +6,9 @@ use std::sync::Arc;
 use divan::{Bencher, black_box};
 use hashbrown::HashSet;
 use router_core::{
-    Action, BlockHash, BlockSize, BlockTrie, Blocks, Config, Epoch, Event, Micros, ModelSpec, NaiveIndex, NewRequest,
-    PolicyName, PrefixIndex, Product, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId, WorkerMessage,
-    WorkerSpec, hash_blocks,
+    Action, BlockHash, BlockSize, BlockTrie, Blocks, Config, Epoch, Event, Layout, Micros, Mode, ModelSpec, NaiveIndex,
+    NewRequest, PolicyName, PrefixIndex, Product, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId,
+    WorkerMessage, WorkerSpec, hash_blocks,
 };
 
 const WORKERS: u32 = 64;
@@ -114,7 +114,8 @@ fn embedded_decision(bencher: Bencher, len: usize) {
 #[divan::bench(args = LENGTHS)]
 fn tokens_to_decision(bencher: Bencher, len: usize) {
     let model = ModelSpec { digest: "m".into(), tokenizer: "t".into(), block_size: size(), vocab: 32_000 };
-    let config = Config { policy: PolicyName::Product, slice_len: 32, seed: 0, max_rows: 4096 };
+    let config =
+        Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: Some(32), seed: 0, max_rows: 4096 };
     let mut scheduler = Scheduler::new(model.clone(), config);
     let ids = prompt(len);
     let chain = hash_blocks(BlockHash(1), &ids, size());
@@ -128,6 +129,9 @@ fn tokens_to_decision(bencher: Bencher, len: usize) {
             blocks: Blocks(100_000),
             max_rows: 64,
             max_context: Tokens(100_000),
+            chunk: Tokens(512),
+            layout: Layout::Paged,
+            cost: None,
         };
         scheduler.handle(Micros(0), Event::WorkerJoined { worker, spec }, &mut actions);
         let hashes = chain[..chain.len() * (w as usize + 1) / WORKERS as usize].to_vec();
@@ -140,6 +144,7 @@ fn tokens_to_decision(bencher: Bencher, len: usize) {
         root: BlockHash(1),
         choices: 1,
         max_tokens: Tokens(10),
+        urgent: false,
     };
     scheduler.handle(Micros(0), Event::RequestArrived(request), &mut actions);
     assert!(actions.iter().any(|action| matches!(action, Action::Plan(..))));

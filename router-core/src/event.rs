@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::block::BlockHash;
+use crate::cost::Band;
 use crate::ids::{Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
 use crate::units::{Blocks, Micros, Tokens};
@@ -66,6 +67,8 @@ pub struct NewRequest {
     pub choices: u32,
     /// Most output tokens of a row, at least one.
     pub max_tokens: Tokens,
+    /// A short time to the first token is promised: a running slice is cut for it at once.
+    pub urgent: bool,
 }
 
 /// A message of a worker, in the core's types.
@@ -156,6 +159,10 @@ pub struct SliceReport {
     pub peak: Blocks,
     /// The device had nothing to run before this batch although a plan could have been there.
     pub idle: Micros,
+    /// Cells of a rectangle computed for no token: padding, and steps of rows that had ended. Zero where nothing is padded.
+    pub pad: Tokens,
+    /// Tokens computed for rows after their end, because a rectangle goes on.
+    pub invalid: Tokens,
     /// Its rows.
     pub rows: Vec<RowReport>,
 }
@@ -227,14 +234,19 @@ pub enum FinishReason {
 pub enum Action {
     /// Send a plan.
     Plan(WorkerId, Plan),
+    /// End the running batch at the next step boundary; the plan sent last starts then.
+    Cut(WorkerId, PlanNo),
     /// End these rows at the worker.
     Drop(WorkerId, Vec<RowKey>),
+    /// Free the KV of these rows that do not run.
+    ReleaseKv(WorkerId, Vec<RowKey>),
     /// Ask for a snapshot.
     Resync(WorkerId),
     /// Close the session: what the worker says cannot be true.
     Quarantine(WorkerId, String),
-    /// A request was given a worker. Once a row and dispatch.
-    Placed(RowId, WorkerId),
+    /// A request was given a worker, and how long its answer will take from now: no less than the first, and no more
+    /// than the second if it draws all its tokens, as loads are now. Once a row and dispatch.
+    Placed(RowId, WorkerId, Band),
     /// Tokens for the client: each index once, in order.
     Tokens {
         /// The row.
@@ -345,4 +357,6 @@ pub struct RowStart {
     pub max_tokens: Tokens,
     /// How well its KV is protected while held.
     pub hold_rank: u64,
+    /// Most of its prefill tokens in an iteration in which another row decodes; zero: the worker's chunk.
+    pub prefill_budget: Tokens,
 }

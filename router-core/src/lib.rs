@@ -4,14 +4,17 @@
 //! module and the simulator run the very same objects. Start reading at [`Scheduler::handle`].
 
 mod block;
+mod constants;
 mod cost;
 mod decision;
 mod event;
 mod ids;
 mod index;
+mod mode;
 mod plan;
 mod policy;
 mod pool;
+mod record;
 mod router;
 mod row;
 mod scheduler;
@@ -19,6 +22,10 @@ mod units;
 mod worker;
 
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
+pub use cost::{
+    Band, BatchLoad, CostError, CostModel, Estimator, Forecast, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep,
+    RowLoad, micros,
+};
 pub use decision::Decision;
 pub use event::{
     Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart,
@@ -26,10 +33,12 @@ pub use event::{
 };
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
+pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
 pub use policy::{
     Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
+pub use record::{BatchOutcome, BatchRecord};
 pub use router::{Choice, Prompt, Router, RouterError, Seen, WorkerState};
 pub use scheduler::{Config, Scheduler};
 pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};

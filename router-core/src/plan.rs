@@ -105,5 +105,6 @@ fn start(row: &Row) -> RowStart {
         output: row.output.clone(),
         max_tokens: row.max_tokens,
         hold_rank: row.hold_rank(),
+        prefill_budget: Tokens::ZERO,
     }
 }

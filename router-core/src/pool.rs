@@ -1,10 +1,11 @@
 //! A model pool: workers that serve the same model and may stand in for one another.
 
+use crate::cost::{CostModel, Layout};
 use crate::ids::Epoch;
 use crate::units::{BlockSize, Tokens};
 
 /// What a worker announces of itself, as far as the core needs it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct WorkerSpec {
     /// Its name, for people and logs.
     pub name: String,
@@ -18,6 +19,12 @@ pub struct WorkerSpec {
     pub max_rows: u32,
     /// Most tokens of prompt and output together.
     pub max_context: Tokens,
+    /// Most prefill tokens of one iteration.
+    pub chunk: Tokens,
+    /// Whether it pads.
+    pub layout: Layout,
+    /// What work costs on it, where it was measured.
+    pub cost: Option<CostModel>,
 }
 
 /// What all workers of a pool have in common.

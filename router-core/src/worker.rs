@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::block::BlockHash;
-use crate::cost::Rates;
+use crate::cost::Estimator;
 use crate::event::Refusal;
 use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
@@ -28,7 +28,7 @@ pub(crate) struct Worker {
     pub(crate) queued: Tokens,
     /// W.
     pub(crate) work: Micros,
-    pub(crate) rates: Rates,
+    pub(crate) estimator: Estimator,
     /// Set after a refusal for memory or rows: the next batches take at most this many, until one runs.
     pub(crate) cap: Option<usize>,
     /// Commits of rows that ended inside the running batch; its report has the deltas that replace them.
@@ -59,6 +59,7 @@ pub(crate) struct Member {
 impl Worker {
     pub(crate) fn new(spec: WorkerSpec) -> Self {
         Self {
+            estimator: Estimator::new(spec.cost, spec.layout),
             spec,
             next_seq: 1,
             synced: false,
@@ -70,12 +71,18 @@ impl Worker {
             rows: BTreeMap::new(),
             queued: Tokens::ZERO,
             work: Micros::ZERO,
-            rates: Rates::default(),
             cap: None,
             unconfirmed: Vec::new(),
             fruitless: 0,
             dirty: false,
         }
+    }
+
+    /// Time of one row's next slice: its prefill and what it adds to the steps.
+    pub(crate) fn work_of(&self, tokens: Tokens, prefill: Tokens, steps: Tokens) -> Micros {
+        let model = self.estimator.model();
+        let before = tokens.saturating_sub(prefill);
+        self.estimator.time(model.prefill(prefill, before) + model.marginal(tokens, steps.0))
     }
 
     pub(crate) fn ready(&self) -> bool {

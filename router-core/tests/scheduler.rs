@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use router_core::{
-    Action, BatchEnd, BlockHash, BlockSize, Blocks, Config, Epoch, Event, FinishReason, Keep, Micros, ModelSpec,
-    NewRequest, Plan, PlanNo, PolicyName, Refusal, RequestId, RowId, RowKey, RowReport, RowTokens, Scheduler,
-    SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    Action, BatchEnd, BlockHash, BlockSize, Blocks, Config, Epoch, Event, FinishReason, Keep, Layout, Micros, Mode,
+    ModelSpec, NewRequest, Plan, PlanNo, PolicyName, Refusal, RequestId, RowId, RowKey, RowReport, RowTokens,
+    Scheduler, SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 const W: WorkerId = WorkerId(0);
@@ -23,7 +23,7 @@ fn model() -> ModelSpec {
 
 /// A pool with one ready worker of 64 blocks and 8 rows, S = 4.
 fn pool() -> Pool {
-    let config = Config { policy: PolicyName::Product, slice_len: 4, seed: 0, max_rows: 100 };
+    let config = Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: Some(4), seed: 0, max_rows: 100 };
     let mut pool = Pool { scheduler: Scheduler::new(model(), config), seq: 0, actions: Vec::new() };
     let spec = WorkerSpec {
         name: "w".into(),
@@ -32,6 +32,9 @@ fn pool() -> Pool {
         blocks: Blocks(64),
         max_rows: 8,
         max_context: Tokens(1000),
+        chunk: Tokens(512),
+        layout: Layout::Paged,
+        cost: None,
     };
     pool.event(Event::WorkerJoined { worker: W, spec });
     pool.says(WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] });
@@ -52,7 +55,14 @@ impl Pool {
     fn arrive(&mut self, id: u64) -> Vec<Action> {
         let prompt: Arc<[u32]> = Arc::from([1; 20]);
         let (id, root) = (RequestId(id), BlockHash(id));
-        self.event(Event::RequestArrived(NewRequest { id, prompt, root, choices: 1, max_tokens: Tokens(10) }))
+        self.event(Event::RequestArrived(NewRequest {
+            id,
+            prompt,
+            root,
+            choices: 1,
+            max_tokens: Tokens(10),
+            urgent: false,
+        }))
     }
 
     /// Each with a logprob that tells its id.
@@ -81,6 +91,8 @@ impl Pool {
             decode: Micros(9),
             peak: Blocks(2),
             idle: Micros(0),
+            pad: Tokens(0),
+            invalid: Tokens(0),
             rows: rows.iter().map(row).collect(),
         }))
     }
@@ -252,7 +264,7 @@ fn rows_move_when_a_worker_drains_and_only_those_it_does_not_know() {
     let message = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] };
     pool.event(Event::Worker { worker: WorkerId(1), epoch: Epoch(1), seq: 1, message });
     let actions = pool.event(Event::WorkerDraining { worker: W });
-    assert!(has(&actions, |a| matches!(a, Action::Placed(row, WorkerId(1)) if row.request.0 == 2)));
+    assert!(has(&actions, |a| matches!(a, Action::Placed(row, WorkerId(1), _) if row.request.0 == 2)));
     let loads = pool.scheduler.loads();
     assert_eq!((loads[0].batch_size, loads[1].batch_size), (1, 1));
 }
@@ -274,7 +286,7 @@ fn what_was_committed_is_taken_back_to_the_last_token() {
 
 #[test]
 fn a_plan_never_outgrows_a_message() {
-    let config = Config { policy: PolicyName::Product, slice_len: 4, seed: 0, max_rows: 100 };
+    let config = Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: Some(4), seed: 0, max_rows: 100 };
     let mut pool = Pool { scheduler: Scheduler::new(model(), config), seq: 0, actions: Vec::new() };
     let spec = WorkerSpec {
         name: "w".into(),
@@ -283,6 +295,9 @@ fn a_plan_never_outgrows_a_message() {
         blocks: Blocks(1 << 20),
         max_rows: 64,
         max_context: Tokens(1 << 22),
+        chunk: Tokens(512),
+        layout: Layout::Paged,
+        cost: None,
     };
     pool.event(Event::WorkerJoined { worker: W, spec });
     pool.says(WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] });
@@ -294,6 +309,7 @@ fn a_plan_never_outgrows_a_message() {
         root: BlockHash(id),
         choices: 1,
         max_tokens: Tokens(10),
+        urgent: false,
     };
     pool.scheduler.handle_many(Micros(2), (1..=5).map(|id| Event::RequestArrived(arrive(id))), &mut pool.actions);
     let actions = std::mem::take(&mut pool.actions);
@@ -304,7 +320,8 @@ fn a_plan_never_outgrows_a_message() {
 fn choices_are_rows_of_their_own() {
     let mut pool = pool();
     let prompt: Arc<[u32]> = Arc::from([1; 20]);
-    let request = NewRequest { id: RequestId(1), prompt, root: BlockHash(1), choices: 3, max_tokens: Tokens(10) };
+    let request =
+        NewRequest { id: RequestId(1), prompt, root: BlockHash(1), choices: 3, max_tokens: Tokens(10), urgent: false };
     let actions = pool.event(Event::RequestArrived(request));
     assert_eq!(plans(&actions)[0].add.len(), 3, "three arrive together: one batch");
     let finished = |actions: &[Action]| -> Vec<u32> {
@@ -378,6 +395,8 @@ fn hostile_numbers_and_counts() {
         decode: Micros(u64::MAX),
         peak: Blocks(u64::MAX),
         idle: Micros(u64::MAX),
+        pad: Tokens(0),
+        invalid: Tokens(0),
         rows: vec![RowReport {
             key: key(1, 0),
             computed: Tokens(u64::MAX),
@@ -428,6 +447,8 @@ fn a_row_reported_finished_whose_last_step_was_lost_is_drawn_again() {
         decode: Micros(9),
         peak: Blocks(2),
         idle: Micros(0),
+        pad: Tokens(0),
+        invalid: Tokens(0),
         rows: vec![row],
     };
     let actions = pool.says(WorkerMessage::SliceReported(report));

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Config, Epoch, Event, Micros, ModelSpec, PolicyName, Scheduler, Tokens, WorkerId,
-    WorkerMessage, WorkerSpec, hash_blocks,
+    BlockHash, BlockSize, Blocks, Config, Epoch, Event, Layout, Micros, Mode, ModelSpec, PolicyName, Scheduler, Tokens,
+    WorkerId, WorkerMessage, WorkerSpec, hash_blocks,
 };
 use router_server::conversation::Conversations;
 use router_server::json::{Parsed, items};
@@ -195,7 +195,8 @@ impl Bench {
 fn scheduler(ids: &[u32]) -> Scheduler {
     let size = BlockSize::new(16).expect("not zero");
     let model = ModelSpec { digest: "m".into(), tokenizer: "t".into(), block_size: size, vocab: 32_000 };
-    let config = Config { policy: PolicyName::Product, slice_len: 32, seed: 0, max_rows: 4096 };
+    let config =
+        Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: Some(32), seed: 0, max_rows: 4096 };
     let mut scheduler = Scheduler::new(model.clone(), config);
     let chain = hash_blocks(ROOT, ids, size);
     let mut actions = Vec::new();
@@ -208,6 +209,9 @@ fn scheduler(ids: &[u32]) -> Scheduler {
             blocks: Blocks(100_000),
             max_rows: 64,
             max_context: Tokens(100_000),
+            chunk: Tokens(512),
+            layout: Layout::Paged,
+            cost: None,
         };
         scheduler.handle(Micros(0), Event::WorkerJoined { worker, spec }, &mut actions);
         let hashes = chain[..chain.len() * (w as usize + 1) / WORKERS as usize].to_vec();

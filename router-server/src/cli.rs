@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::http::Uri;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
-use router_core::{Config, PolicyName};
+use router_core::{Config, Mode, PolicyName};
 use tracing_subscriber::EnvFilter;
 
 use crate::mock::MockArgs;
@@ -337,7 +337,8 @@ impl ServeArgs {
         PoolConfig {
             scheduler: Config {
                 policy,
-                slice_len: self.slice_len,
+                mode: Mode::Slice,
+                slice_len: Some(self.slice_len),
                 seed: self.seed,
                 max_rows: self.max_concurrent_requests,
             },

@@ -5,9 +5,9 @@
 
 use bytes::Bytes;
 use router_core::{
-    BatchEnd, BlockHash, BlockSize, Blocks, Decision, Epoch, FinishReason, Keep, Micros, ModelSpec, Plan, PlanNo,
-    Refusal, RequestId, RowId, RowKey, RowReport, RowStart, RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerId,
-    WorkerMessage, WorkerSpec,
+    BatchEnd, BlockHash, BlockSize, Blocks, CostModel, Decision, Epoch, FinishReason, Keep, Layout, Micros, ModelSpec,
+    PaddedCost, PagedPrefill, PagedStep, Plan, PlanNo, Refusal, RequestId, RowId, RowKey, RowReport, RowStart,
+    RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 use crate::proto;
@@ -94,7 +94,48 @@ pub fn worker_spec(info: &proto::WorkerInfo) -> Result<WorkerSpec, Hostile> {
         blocks: Blocks(info.blocks.into()),
         max_rows: info.max_rows,
         max_context: Tokens(info.max_context.into()),
+        chunk: Tokens(info.chunk_tokens.into()),
+        layout: layout(info.cost_shape),
+        cost: info.cost_model.as_ref().and_then(cost_model).transpose()?,
     })
+}
+
+fn layout(shape: i32) -> Layout {
+    match proto::CostShape::try_from(shape) {
+        Ok(proto::CostShape::Padded) => Layout::Padded,
+        // a later contract's shape is not padded: what pads says so
+        _ => Layout::Paged,
+    }
+}
+
+/// `None` where the message holds no model.
+fn cost_model(model: &proto::CostModel) -> Option<Result<CostModel, Hostile>> {
+    use proto::cost_model::Form;
+    let padded = |cost: Option<proto::PaddedCost>| {
+        let cost = cost.unwrap_or_default();
+        PaddedCost {
+            constant: cost.constant_s,
+            per_row: cost.per_row_s,
+            per_position: cost.per_position_s,
+            per_cell: cost.per_cell_s,
+        }
+    };
+    let model = match model.form.as_ref()? {
+        Form::Padded(form) => CostModel::Padded { prefill: padded(form.prefill), step: padded(form.step) },
+        Form::Paged(form) => CostModel::Paged {
+            prefill: PagedPrefill {
+                constant: form.prefill_constant_s,
+                per_token: form.prefill_per_token_s,
+                per_pair: form.prefill_per_pair_s,
+            },
+            step: PagedStep {
+                constant: form.step_constant_s,
+                per_row: form.step_per_row_s,
+                per_context: form.step_per_context_token_s,
+            },
+        },
+    };
+    Some(model.check().map(|()| model).map_err(|error| Hostile(error.to_string())))
 }
 
 /// Checks and converts one message of a session; ids must be below `vocab`.
@@ -235,6 +276,8 @@ fn slice_report(report: proto::SliceReport) -> Result<SliceReport, Hostile> {
         decode: Micros(report.decode_us),
         peak: Blocks(report.peak_blocks.into()),
         idle: Micros(report.idle_us),
+        pad: Tokens(report.pad_tokens),
+        invalid: Tokens(report.invalid_tokens),
         rows: rows.collect::<Result<_, _>>()?,
     })
 }
@@ -330,8 +373,18 @@ fn row_start(row: &RowStart, extras: &RowExtras) -> proto::RowStart {
         hold_rank: row.hold_rank,
         deadline_ms_left: None,
         traceparent: extras.traceparent.clone(),
-        prefill_budget: 0,
+        prefill_budget: narrow(row.prefill_budget.0),
     }
+}
+
+/// A cut as a message: at the next step boundary.
+pub fn cut(batch: PlanNo) -> ToWorker {
+    ToWorker::Cut(proto::Cut { batch: batch.0, after_step: None })
+}
+
+/// A release of held KV as a message.
+pub fn release_kv(rows: &[RowKey]) -> ToWorker {
+    ToWorker::ReleaseKv(proto::ReleaseKv { rows: row_ids(rows) })
 }
 
 /// A drop of rows as a message.
@@ -465,6 +518,7 @@ mod tests {
             output: vec![3],
             max_tokens: Tokens(50),
             hold_rank: 4,
+            prefill_budget: Tokens(0),
         };
         let core = Plan {
             no: PlanNo(2),

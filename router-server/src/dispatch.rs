@@ -441,6 +441,8 @@ impl Dispatcher {
                 Some((_, pending)) => pending.extend(rows),
                 None => self.drops.push((worker, rows)),
             },
+            Action::Cut(worker, batch) => self.send(worker, convert::cut(batch)),
+            Action::ReleaseKv(worker, rows) => self.send(worker, convert::release_kv(&rows)),
             Action::Resync(worker) => {
                 self.send_drops(worker);
                 self.send(worker, ToWorker::Resync(Resync {}));
@@ -452,7 +454,7 @@ impl Dispatcher {
                     let _ = session.fate.send(why);
                 }
             }
-            Action::Placed(row, worker) => {
+            Action::Placed(row, worker, _) => {
                 self.metrics.decision(self.policy);
                 if let Some(name) = self.at(worker).map(|session| Arc::clone(&session.name)) {
                     self.update(row.request, Update::Placed(name));

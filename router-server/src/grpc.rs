@@ -98,6 +98,7 @@ fn response(request_id: &str, piece: Piece) -> GenerateResponse {
         finish: finish.into(),
         usage: piece.end.map(|end| usage(&end)),
         logprobs: piece.tokens.iter().filter_map(|token| token.logprobs.as_ref()).map(convert::logprobs).collect(),
+        eta: None,
     }
 }
 

@@ -310,7 +310,7 @@ mod tests {
 
     use axum::body::Body;
     use axum::http::StatusCode;
-    use router_core::{Config, PolicyName};
+    use router_core::{Config, Mode, PolicyName};
     use tower::ServiceExt;
 
     use super::*;
@@ -319,7 +319,13 @@ mod tests {
 
     fn app() -> Arc<App> {
         let config = PoolConfig {
-            scheduler: Config { policy: PolicyName::Product, slice_len: 16, seed: 0, max_rows: 1 },
+            scheduler: Config {
+                policy: PolicyName::Product,
+                mode: Mode::Slice,
+                slice_len: Some(16),
+                seed: 0,
+                max_rows: 1,
+            },
             policy: "product",
             timeout: std::time::Duration::from_secs(1),
             queue_timeout: None,

@@ -212,7 +212,7 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use router_core::{BatchEnd, Blocks, Micros, PlanNo};
+    use router_core::{BatchEnd, Blocks, Micros, PlanNo, Tokens};
 
     use super::*;
 
@@ -226,6 +226,8 @@ mod tests {
             decode: Micros(2_000),
             peak: Blocks(1),
             idle: Micros(500_000),
+            pad: Tokens(0),
+            invalid: Tokens(0),
             rows: Vec::new(),
         }
     }

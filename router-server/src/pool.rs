@@ -241,6 +241,7 @@ impl Pool {
                 root: self.root,
                 choices: job.n,
                 max_tokens: Tokens(job.limits.max_tokens.into()),
+                urgent: false,
             },
             extras: RowExtras {
                 sampling: job.sampling.clone(),

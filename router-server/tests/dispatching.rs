@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Config, Epoch, ModelSpec, NewRequest, PlanNo, PolicyName, RequestId, RowKey,
-    RowTokens, Scheduler, Tokens, WorkerMessage, WorkerSpec,
+    BlockHash, BlockSize, Blocks, Config, Epoch, Layout, Mode, ModelSpec, NewRequest, PlanNo, PolicyName, RequestId,
+    RowKey, RowTokens, Scheduler, Tokens, WorkerMessage, WorkerSpec,
 };
 use router_server::convert::RowExtras;
 use router_server::dispatch::{self, Arrival, Command, PoolState, Seat, Update};
@@ -43,7 +43,8 @@ impl Pool {
     }
 
     fn with_queue_timeout(most: Option<Duration>) -> Self {
-        let config = Config { policy: PolicyName::Product, slice_len: 1000, seed: 0, max_rows: 100 };
+        let config =
+            Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: Some(1000), seed: 0, max_rows: 100 };
         let (commands, receiver) = mpsc::channel(100);
         let state = Arc::new(PoolState::default());
         let scheduler = Scheduler::new(model(), config);
@@ -61,6 +62,9 @@ impl Pool {
             blocks: Blocks(1000),
             max_rows: 8,
             max_context: Tokens(10_000),
+            chunk: Tokens(512),
+            layout: Layout::Paged,
+            cost: None,
         };
         let (link, messages) = mpsc::channel(room);
         let (fate_sender, fate) = oneshot::channel();
@@ -85,6 +89,7 @@ impl Pool {
             root: BlockHash(0),
             choices,
             max_tokens: Tokens(1000),
+            urgent: false,
         };
         let extras = RowExtras {
             sampling: proto::Sampling::default(),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::{Router, Worker, config, drawn, request, send};
 use futures::StreamExt;
-use router_core::{Config, PolicyName};
+use router_core::{Config, Mode, PolicyName};
 use router_server::pool::PoolConfig;
 use router_server::proto::{self, prompt::Kind, worker_status::State};
 use serde_json::json;
@@ -318,7 +318,8 @@ async fn errors_have_their_status_and_the_next_request_works() {
 #[tokio::test(flavor = "multi_thread")]
 async fn overload_is_answered_at_once() {
     let worker = Worker::start("--step-us 1000").await;
-    let scheduler = Config { policy: PolicyName::Product, slice_len: 16, seed: 0, max_rows: 1 };
+    let scheduler =
+        Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: Some(16), seed: 0, max_rows: 1 };
     let router = Router::over(&[&worker], PoolConfig { scheduler, ..config() }).await;
     let first = router.complete(&[5], 300);
     let second = async {

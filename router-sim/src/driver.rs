@@ -263,6 +263,8 @@ impl Simulation {
                 self.send(id, Command::Plan(plan, terms));
             }
             Action::Drop(id, rows) => self.send(id, Command::Drop(rows)),
+            Action::Cut(id, batch) => self.send(id, Command::Cut(batch, None)),
+            Action::ReleaseKv(id, rows) => self.send(id, Command::ReleaseKv(rows)),
             Action::Resync(id) => self.send(id, Command::Resync),
             Action::Quarantine(id, why) => self.outcome.quarantined.push(format!("{id}: {why}")),
             Action::Placed(..) => {}

@@ -545,6 +545,8 @@ impl SliceWorker {
             decode: batch.decode,
             peak: Blocks(batch.peak),
             idle: batch.idle,
+            pad: Tokens::ZERO,
+            invalid: Tokens::ZERO,
             rows,
         }));
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use router_core::{
-    BlockHash, BlockSize, Blocks, Config, Epoch, FinishReason, Micros, ModelSpec, NewRequest, PolicyName, Rejection,
-    RequestId, Tokens, WorkerId, WorkerSpec,
+    BlockHash, BlockSize, Blocks, Config, Epoch, FinishReason, Layout, Micros, Mode, ModelSpec, NewRequest, PolicyName,
+    Rejection, RequestId, Tokens, WorkerId, WorkerSpec,
 };
 use router_sim::{Outcome, Simulation, Timing, next_token};
 
@@ -19,16 +19,33 @@ fn model() -> ModelSpec {
 
 fn spec(blocks: u64, max_rows: u32) -> WorkerSpec {
     let name = "w".into();
-    WorkerSpec { name, epoch: Epoch(1), model: model(), blocks: Blocks(blocks), max_rows, max_context: Tokens(8192) }
+    WorkerSpec {
+        name,
+        epoch: Epoch(1),
+        model: model(),
+        blocks: Blocks(blocks),
+        max_rows,
+        max_context: Tokens(8192),
+        chunk: Tokens(512),
+        layout: Layout::Paged,
+        cost: None,
+    }
 }
 
 fn config(policy: PolicyName, slice_len: u32) -> Config {
-    Config { policy, slice_len, seed: 7, max_rows: 10_000 }
+    Config { policy, mode: Mode::Slice, slice_len: Some(slice_len), seed: 7, max_rows: 10_000 }
 }
 
 fn request(id: u64, prompt: Vec<u32>, max_tokens: u64) -> NewRequest {
     let prompt: Arc<[u32]> = prompt.into();
-    NewRequest { id: RequestId(id), prompt, root: BlockHash(1), choices: 1, max_tokens: Tokens(max_tokens) }
+    NewRequest {
+        id: RequestId(id),
+        prompt,
+        root: BlockHash(1),
+        choices: 1,
+        max_tokens: Tokens(max_tokens),
+        urgent: false,
+    }
 }
 
 fn prompt(seed: u32, len: usize) -> Vec<u32> {

@@ -100,26 +100,54 @@ class TokenLogprobs(_message.Message):
     def __init__(self, chosen: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CostModel(_message.Message):
-    __slots__ = ("shape", "prefill_constant_s", "prefill_per_row_s", "prefill_per_token_s", "step_constant_s", "step_per_row_s", "step_per_context_token_s", "mean_error", "p99_error")
-    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("padded", "paged", "r2", "mean_error", "p99_error")
+    PADDED_FIELD_NUMBER: _ClassVar[int]
+    PAGED_FIELD_NUMBER: _ClassVar[int]
+    R2_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ERROR_FIELD_NUMBER: _ClassVar[int]
+    P99_ERROR_FIELD_NUMBER: _ClassVar[int]
+    padded: PaddedCostModel
+    paged: PagedCostModel
+    r2: float
+    mean_error: float
+    p99_error: float
+    def __init__(self, padded: _Optional[_Union[PaddedCostModel, _Mapping]] = ..., paged: _Optional[_Union[PagedCostModel, _Mapping]] = ..., r2: _Optional[float] = ..., mean_error: _Optional[float] = ..., p99_error: _Optional[float] = ...) -> None: ...
+
+class PaddedCostModel(_message.Message):
+    __slots__ = ("prefill", "step")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    prefill: PaddedCost
+    step: PaddedCost
+    def __init__(self, prefill: _Optional[_Union[PaddedCost, _Mapping]] = ..., step: _Optional[_Union[PaddedCost, _Mapping]] = ...) -> None: ...
+
+class PaddedCost(_message.Message):
+    __slots__ = ("constant_s", "per_row_s", "per_position_s", "per_cell_s")
+    CONSTANT_S_FIELD_NUMBER: _ClassVar[int]
+    PER_ROW_S_FIELD_NUMBER: _ClassVar[int]
+    PER_POSITION_S_FIELD_NUMBER: _ClassVar[int]
+    PER_CELL_S_FIELD_NUMBER: _ClassVar[int]
+    constant_s: float
+    per_row_s: float
+    per_position_s: float
+    per_cell_s: float
+    def __init__(self, constant_s: _Optional[float] = ..., per_row_s: _Optional[float] = ..., per_position_s: _Optional[float] = ..., per_cell_s: _Optional[float] = ...) -> None: ...
+
+class PagedCostModel(_message.Message):
+    __slots__ = ("prefill_constant_s", "prefill_per_token_s", "prefill_per_pair_s", "step_constant_s", "step_per_row_s", "step_per_context_token_s")
     PREFILL_CONSTANT_S_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_PER_ROW_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_PER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PER_PAIR_S_FIELD_NUMBER: _ClassVar[int]
     STEP_CONSTANT_S_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_ROW_S_FIELD_NUMBER: _ClassVar[int]
     STEP_PER_CONTEXT_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
-    MEAN_ERROR_FIELD_NUMBER: _ClassVar[int]
-    P99_ERROR_FIELD_NUMBER: _ClassVar[int]
-    shape: CostShape
     prefill_constant_s: float
-    prefill_per_row_s: float
     prefill_per_token_s: float
+    prefill_per_pair_s: float
     step_constant_s: float
     step_per_row_s: float
     step_per_context_token_s: float
-    mean_error: float
-    p99_error: float
-    def __init__(self, shape: _Optional[_Union[CostShape, str]] = ..., prefill_constant_s: _Optional[float] = ..., prefill_per_row_s: _Optional[float] = ..., prefill_per_token_s: _Optional[float] = ..., step_constant_s: _Optional[float] = ..., step_per_row_s: _Optional[float] = ..., step_per_context_token_s: _Optional[float] = ..., mean_error: _Optional[float] = ..., p99_error: _Optional[float] = ...) -> None: ...
+    def __init__(self, prefill_constant_s: _Optional[float] = ..., prefill_per_token_s: _Optional[float] = ..., prefill_per_pair_s: _Optional[float] = ..., step_constant_s: _Optional[float] = ..., step_per_row_s: _Optional[float] = ..., step_per_context_token_s: _Optional[float] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
     __slots__ = ("worker_id", "worker_epoch", "model_digest", "served_names", "vocab_size", "eos_token_ids", "max_context", "block_size", "blocks", "max_rows", "row_buckets", "cost_shape", "cost_model", "tokenizer_digest", "proto_minor", "chunk_tokens", "device", "dtype", "engine")

@@ -230,7 +230,7 @@ class RowTokens(_message.Message):
     def __init__(self, row: _Optional[_Union[_common_pb2.RowId, _Mapping]] = ..., first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class SliceReport(_message.Message):
-    __slots__ = ("batch", "end", "steps", "rows", "prefill_us", "decode_us", "queue_us", "peak_blocks", "next_batch", "error", "idle_us")
+    __slots__ = ("batch", "end", "steps", "rows", "prefill_us", "decode_us", "queue_us", "peak_blocks", "next_batch", "error", "idle_us", "pad_tokens", "invalid_tokens")
     class End(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         END_UNSPECIFIED: _ClassVar[SliceReport.End]
@@ -256,6 +256,8 @@ class SliceReport(_message.Message):
     NEXT_BATCH_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     IDLE_US_FIELD_NUMBER: _ClassVar[int]
+    PAD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    INVALID_TOKENS_FIELD_NUMBER: _ClassVar[int]
     batch: int
     end: SliceReport.End
     steps: int
@@ -267,7 +269,9 @@ class SliceReport(_message.Message):
     next_batch: int
     error: str
     idle_us: int
-    def __init__(self, batch: _Optional[int] = ..., end: _Optional[_Union[SliceReport.End, str]] = ..., steps: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[RowReport, _Mapping]]] = ..., prefill_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., peak_blocks: _Optional[int] = ..., next_batch: _Optional[int] = ..., error: _Optional[str] = ..., idle_us: _Optional[int] = ...) -> None: ...
+    pad_tokens: int
+    invalid_tokens: int
+    def __init__(self, batch: _Optional[int] = ..., end: _Optional[_Union[SliceReport.End, str]] = ..., steps: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[RowReport, _Mapping]]] = ..., prefill_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., queue_us: _Optional[int] = ..., peak_blocks: _Optional[int] = ..., next_batch: _Optional[int] = ..., error: _Optional[str] = ..., idle_us: _Optional[int] = ..., pad_tokens: _Optional[int] = ..., invalid_tokens: _Optional[int] = ...) -> None: ...
 
 class RowReport(_message.Message):
     __slots__ = ("row", "computed", "cached", "emitted", "finish", "kv", "prefill_left", "blocks")

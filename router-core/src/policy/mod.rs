@@ -27,6 +27,8 @@ pub struct Candidate {
     pub batch_size: u64,
     /// `W`: committed work.
     pub work: Micros,
+    /// Time of one slice there with this row in it, queued prefill and its own included.
+    pub joined: Micros,
     /// Blocks that the running batch cannot need.
     pub free: Blocks,
 }
@@ -143,6 +145,7 @@ mod tests {
             queued: Tokens(queued),
             batch_size: batch,
             work: Micros(0),
+            joined: Micros(0),
             free: Blocks(0),
         }
     }

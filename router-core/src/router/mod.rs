@@ -329,6 +329,7 @@ impl Router {
             batch_size: w.batch_size,
             // An embedded router does not know how long things take, nor what memory a running batch may need.
             work: Micros::ZERO,
+            joined: Micros::ZERO,
             free: Blocks::ZERO,
         });
         let candidates = candidates.collect();

@@ -7,18 +7,21 @@ mod placement;
 mod requests;
 mod workers;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use hashbrown::HashMap;
 
 use crate::block::{BlockHash, hash_blocks};
+use crate::constants::FIRST_SLICE;
 use crate::decision::{Decision, Decisions};
 use crate::event::{Action, Event};
 use crate::ids::{RequestId, RowId, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
+use crate::mode::Mode;
 use crate::plan;
 use crate::policy::{Policy, PolicyName};
 use crate::pool::ModelSpec;
+use crate::record::BatchRecord;
 use crate::row::Row;
 use crate::units::{Blocks, Bytes, Micros, Tokens};
 use crate::worker::{Worker, WorkerLoad};
@@ -31,8 +34,10 @@ const DECISIONS: usize = 1024;
 pub struct Config {
     /// Where arrivals go.
     pub policy: PolicyName,
-    /// S: most iterations of a slice, at least 1.
-    pub slice_len: u32,
+    /// How rows become batches.
+    pub mode: Mode,
+    /// S, the most iterations of a slice: `None` is what the mode says (measured, or the paper's).
+    pub slice_len: Option<u32>,
     /// Seed of the `random` policy.
     pub seed: u64,
     /// Most rows unfinished at once; more are rejected.
@@ -61,6 +66,7 @@ pub struct Scheduler {
     arrivals: u64,
     turn: u64,
     decisions: Decisions,
+    batches: VecDeque<BatchRecord>,
     depths: Vec<usize>,
     scores: Vec<u128>,
 }
@@ -71,7 +77,7 @@ impl Scheduler {
         Self {
             policy: config.policy.policy(config.seed),
             model,
-            config: Config { slice_len: config.slice_len.max(1), ..config },
+            config: Config { slice_len: config.slice_len.map(|slice_len| slice_len.max(1)), ..config },
             index: BlockTrie::default(),
             workers: BTreeMap::new(),
             rows: HashMap::new(),
@@ -81,6 +87,7 @@ impl Scheduler {
             arrivals: 0,
             turn: 0,
             decisions: Decisions::new(DECISIONS),
+            batches: VecDeque::new(),
             depths: Vec::new(),
             scores: Vec::new(),
         }
@@ -121,9 +128,10 @@ impl Scheduler {
     fn plan(&mut self, actions: &mut Vec<Action>) {
         let dirty: Vec<WorkerId> =
             self.workers.iter_mut().filter_map(|(id, w)| std::mem::take(&mut w.dirty).then_some(*id)).collect();
+        let slice_len = self.slice_len();
         for id in dirty {
             let Some(worker) = self.workers.get_mut(&id) else { continue };
-            let Some((batch, plan)) = plan::next(worker, &self.rows, self.config.slice_len) else { continue };
+            let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) else { continue };
             actions.push(Action::Plan(id, plan));
             if worker.running.is_some() {
                 worker.sent.push(batch);
@@ -133,12 +141,22 @@ impl Scheduler {
                 // and the plan after it stands from the start, so that the worker never waits for a report
                 let worker = self.workers.get_mut(&id).expect("it was there");
                 worker.dirty = false;
-                if let Some((batch, plan)) = plan::next(worker, &self.rows, self.config.slice_len) {
+                if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) {
                     actions.push(Action::Plan(id, plan));
                     worker.sent.push(batch);
                 }
             }
         }
+    }
+
+    /// S: most iterations of the next slice.
+    pub fn slice_len(&self) -> u32 {
+        self.config.slice_len.unwrap_or(FIRST_SLICE)
+    }
+
+    /// The latest batches, oldest first.
+    pub fn batches(&self) -> impl Iterator<Item = &BatchRecord> {
+        self.batches.iter()
     }
 
     /// Where a prompt would go now, and why. Commits nothing.

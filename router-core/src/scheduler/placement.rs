@@ -2,6 +2,7 @@
 
 use super::Scheduler;
 use crate::block::{BlockHash, new_tokens};
+use crate::cost::Band;
 use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
@@ -42,7 +43,7 @@ impl Scheduler {
         self.turn += 1;
         self.decisions.push(decision);
         self.settle(id, chosen.worker, chosen.new_tokens);
-        actions.push(Action::Placed(id, chosen.worker));
+        actions.push(Action::Placed(id, chosen.worker, Band::default()));
         true
     }
 
@@ -78,6 +79,7 @@ impl Scheduler {
                 queued: w.queued,
                 batch_size: w.rows.len() as u64,
                 work: w.work,
+                joined: Micros::ZERO,
                 free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |b| b.ceiling)),
             })
             .collect();
@@ -99,8 +101,9 @@ impl Scheduler {
 
     /// Commits a choice: Q, b, W and the prompt's blocks move now, not when the worker says so.
     pub(super) fn settle(&mut self, id: RowId, at: WorkerId, prefill: Tokens) {
+        let slice_len = self.slice_len();
         let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
-        let work = worker.rates.work(prefill, row.slice(self.config.slice_len));
+        let work = worker.work_of(row.tokens(), prefill, row.slice(slice_len));
         row.place = Place::At(Home { worker: at, known: false, prefill, work, committed: true });
         row.last_worker = Some(at);
         worker.queued += prefill;

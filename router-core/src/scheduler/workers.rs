@@ -162,7 +162,6 @@ impl Scheduler {
             actions.push(Action::Quarantine(id, why));
             return;
         }
-        worker.rates.observe(report);
         let idled = report.rows.iter().all(|row| row.computed == Tokens::ZERO);
         let waiting = running.iter().flat_map(|batch| &batch.members).any(|member| {
             self.rows.get(&member.key.row).is_some_and(|row| row.attempt == member.key.attempt && row.is_at(id))
@@ -202,6 +201,7 @@ impl Scheduler {
 
     /// The finished slice's commit is taken back, the next one's made.
     pub(super) fn row_reported(&mut self, at: WorkerId, report: &RowReport, actions: &mut Vec<Action>) {
+        let slice_len = self.slice_len();
         let Some(row) = self.rows.get_mut(&report.key.row) else { return };
         if row.attempt != report.key.attempt || !row.is_at(at) {
             return;
@@ -217,10 +217,10 @@ impl Scheduler {
         }
         let prefilled = report.held && report.prefill_left == Tokens::ZERO;
         let prefill = if report.held { report.prefill_left } else { row.tokens() };
-        let steps = row.slice(self.config.slice_len);
-        let chain = row.chain.clone();
+        let steps = row.slice(slice_len);
+        let (tokens, chain) = (row.tokens(), row.chain.clone());
         let (Some(home), Some(worker)) = (row.home_mut(), self.workers.get_mut(&at)) else { return };
-        let work = worker.rates.work(prefill, steps);
+        let work = worker.work_of(tokens, prefill, steps);
         worker.queued = worker.queued.saturating_sub(home.prefill) + prefill;
         worker.work = worker.work.saturating_sub(home.work) + work;
         home.prefill = prefill;

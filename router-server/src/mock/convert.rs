@@ -103,6 +103,7 @@ fn row_start(start: &proto::RowStart, info: &proto::WorkerInfo) -> Result<(RowSt
         output,
         max_tokens: Tokens(limits.max_tokens.into()),
         hold_rank: start.hold_rank,
+        prefill_budget: Tokens(start.prefill_budget.into()),
     };
     Ok((start, Terms { stop_ids, min_tokens: limits.min_tokens, logprobs: sampling.logprobs }))
 }
@@ -223,6 +224,8 @@ fn slice_report(report: &SliceReport) -> proto::SliceReport {
         next_batch: report.next.map_or(0, |next| next.0),
         error: String::new(),
         idle_us: report.idle.0,
+        pad_tokens: report.pad.0,
+        invalid_tokens: report.invalid.0,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use router_core::{Config, PolicyName};
+use router_core::{Config, Mode, PolicyName};
 use router_server::auth::Keys;
 use router_server::fleet::Fleet;
 use router_server::metrics::Metrics;
@@ -67,7 +67,13 @@ pub struct Router {
 
 pub fn config() -> PoolConfig {
     PoolConfig {
-        scheduler: Config { policy: PolicyName::Product, slice_len: 16, seed: 0, max_rows: 1000 },
+        scheduler: Config {
+            policy: PolicyName::Product,
+            mode: Mode::Slice,
+            slice_len: Some(16),
+            seed: 0,
+            max_rows: 1000,
+        },
         policy: "product",
         timeout: Duration::from_secs(60),
         queue_timeout: None,
