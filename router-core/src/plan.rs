@@ -32,19 +32,25 @@ struct Packed {
     evicts: bool,
 }
 
-/// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan.
-pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u32) -> Option<(Batch, Plan)> {
+/// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan. `cuts`:
+/// the running one may end before its last step.
+pub(crate) fn next(
+    worker: &mut Worker,
+    rows: &HashMap<RowId, Row>,
+    slice_len: u32,
+    cuts: bool,
+) -> Option<(Batch, Plan)> {
     let mut steps = slice_len;
-    let mut packed = pack(worker, rows, steps);
+    let mut packed = pack(worker, rows, steps, cuts);
     // S is the memory horizon: it is shortened before anybody loses KV
     while packed.evicts && steps > 1 {
         steps /= 2;
-        packed = pack(worker, rows, steps);
+        packed = pack(worker, rows, steps, cuts);
     }
     if packed.evicts {
         // somebody does, whatever S is
         steps = slice_len;
-        packed = pack(worker, rows, steps);
+        packed = pack(worker, rows, steps, cuts);
     }
     let Packed { members, leave, ceiling, .. } = packed;
     let base = worker.base();
@@ -83,7 +89,7 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     Some((Batch { no, base, steps, members: keys, joining, added, ceiling, expected }, plan))
 }
 
-fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
+fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32, cuts: bool) -> Packed {
     let steps = Tokens(u64::from(steps));
     let base_steps = Tokens(worker.running.as_ref().map_or(0, |running| u64::from(running.batch.steps)));
     let size = worker.spec.model.block_size;
@@ -104,9 +110,9 @@ fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
         };
         unseen = unseen.saturating_sub(usize::from(from.is_some()));
         let tokens = from.map_or_else(|| row.tokens(), |from| (from + base_steps).min(row.total()));
-        // Past its prefill and at its limit by the end of the base: no place is kept for it. Should the base end
-        // early after all, it is held and planned again.
-        let ends = from.is_some() && home.prefill == Tokens::ZERO && tokens == row.total();
+        // Past its prefill and at its limit by the end of a base that is not cut: no place is kept for it. Should the
+        // base end early after all, it is held and planned again.
+        let ends = !cuts && from.is_some() && home.prefill == Tokens::ZERO && tokens == row.total();
         let need = packed.ceiling + ceiling(tokens, steps, row.total(), size);
         let tell = if home.known { Tokens::ZERO } else { row.tokens() };
         // Rows the worker knows cost a message nothing, so only further newcomers wait for the next plan.
@@ -117,7 +123,8 @@ fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
         // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
         full |= !ends && (packed.members.len() == most || need > worker.spec.blocks);
         if ends || full {
-            packed.evicts |= full && home.known && packed.members.len() < most && home.prefill < row.tokens();
+            let has_kv = from.is_some() || home.prefill < row.tokens();
+            packed.evicts |= full && home.known && has_kv && packed.members.len() < most;
             packed.leave.extend(from.map(|_| row.key()));
             continue;
         }

@@ -13,6 +13,7 @@ mod workers;
 use std::collections::{BTreeMap, VecDeque};
 
 use hashbrown::HashMap;
+use smallvec::SmallVec;
 
 use crate::block::{BlockHash, hash_blocks};
 use crate::cost::Estimator;
@@ -147,17 +148,29 @@ impl Scheduler {
             self.take(now, event, actions);
         }
         self.place(now, actions);
-        self.balance(now, actions);
-        self.touched.sort_unstable();
-        self.touched.dedup();
-        let touched = std::mem::take(&mut self.touched);
-        for &worker in &touched {
-            self.plan(now, worker, actions);
+        let mut changed = self.plan_touched(now, actions);
+        if std::mem::take(&mut self.slice_ended) {
+            self.balance(now, actions);
+            changed.extend(self.plan_touched(now, actions));
+        }
+        for worker in changed {
             self.consider_cut(now, worker, actions);
         }
-        // planning touches again: nothing is left to do for those
+    }
+
+    /// Plans for the workers of which something changed, in order of slot; says which they were.
+    fn plan_touched(&mut self, now: Micros, actions: &mut Vec<Action>) -> SmallVec<[WorkerId; 4]> {
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        for &worker in &touched {
+            self.plan(now, worker, actions);
+        }
+        let changed = touched.iter().copied().collect();
+        // planning touches the same workers again: nothing is left to do for them
+        touched.clear();
         self.touched = touched;
-        self.touched.clear();
+        changed
     }
 
     fn take(&mut self, now: Micros, event: Event, actions: &mut Vec<Action>) {
@@ -183,12 +196,12 @@ impl Scheduler {
     }
 
     fn plan(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
-        let slice_len = self.slice_len();
+        let (slice_len, cuts) = (self.slice_len(), self.config.mode == Mode::Slice);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if !std::mem::take(&mut worker.dirty) {
             return;
         }
-        let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) else { return };
+        let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len, cuts) else { return };
         for start in &plan.add {
             if let Some(home) = here(&mut self.rows, start.key, id) {
                 home.budget = start.prefill_budget;
@@ -203,7 +216,7 @@ impl Scheduler {
         // and the plan after it stands from the start, so that the worker never waits for a report
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.dirty = false;
-        if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) {
+        if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len, cuts) {
             actions.push(Action::Plan(id, plan));
             self.sent(id, batch);
         }
