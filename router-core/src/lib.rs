@@ -6,11 +6,13 @@
 mod block;
 mod constants;
 mod cost;
+mod cut;
 mod decision;
 mod event;
 mod ids;
 mod index;
 mod mode;
+mod output;
 mod plan;
 mod policy;
 mod pool;
@@ -35,7 +37,8 @@ pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
 pub use policy::{
-    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
+    Candidate, LeastRequests, Policy, PolicyName, Product, ProductTime, Random, RoundRobin, UnknownPolicy, View,
+    choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use record::{BatchOutcome, BatchRecord};
