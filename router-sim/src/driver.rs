@@ -164,6 +164,11 @@ impl Simulation {
         &self.outcome
     }
 
+    /// What the run came to, without a copy.
+    pub fn into_outcome(self) -> Outcome {
+        self.outcome
+    }
+
     /// The scheduler's view of its workers.
     pub fn loads(&self) -> Vec<WorkerLoad> {
         self.scheduler.loads()

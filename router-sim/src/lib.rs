@@ -2,6 +2,7 @@
 //!
 //! All of it is sans-IO. The driver is the core's test harness; the workers are also the engine of `scls-router mock-worker`.
 
+pub mod ablation;
 mod calendar;
 mod driver;
 mod kv;

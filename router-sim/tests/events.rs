@@ -21,7 +21,7 @@ const SOAK: u64 = 100_000;
 const EARLIEST: Micros = Micros(100_000);
 
 /// Modes and layouts that are drawn from.
-const SETTINGS: &[(Mode, Layout)] = &[(Mode::Slice, Layout::Paged)];
+const SETTINGS: &[(Mode, Layout)] = &[(Mode::Slice, Layout::Paged), (Mode::Ils, Layout::Paged)];
 
 struct Arrival {
     at: Micros,
