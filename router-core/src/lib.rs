@@ -23,8 +23,8 @@ mod worker;
 
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use cost::{
-    Band, BatchLoad, Calibration, CostError, CostModel, Estimator, Fit, FitError, Forecast, Iteration, JsonError,
-    Layout, PaddedCost, PagedPrefill, PagedStep, RowLoad, Sample, micros,
+    Band, BatchLoad, Calibrated, Calibration, CostError, CostModel, Coverage, Estimator, Fit, FitError, Forecast,
+    Iteration, JsonError, Layout, PaddedCost, PagedPrefill, PagedStep, RowLoad, Sample, micros,
 };
 pub use decision::Decision;
 pub use event::{
