@@ -3,6 +3,7 @@
 //! No I/O, no clock, no threads, no unseeded randomness: times and seeds are arguments, so the server, the Python
 //! module and the simulator run the very same objects. Start reading at [`Scheduler::handle`].
 
+mod batch;
 mod block;
 mod constants;
 mod cost;
@@ -10,7 +11,9 @@ mod decision;
 mod event;
 mod ids;
 mod index;
+mod memory;
 mod mode;
+mod offload;
 mod plan;
 mod policy;
 mod pool;
@@ -21,6 +24,7 @@ mod scheduler;
 mod units;
 mod worker;
 
+pub use batch::{Batcher, RowGroup, Split};
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use cost::{
     Band, BatchLoad, CostError, CostModel, Estimator, Forecast, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep,
@@ -33,7 +37,9 @@ pub use event::{
 };
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
+pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
+pub use offload::{Movable, Move, Offloader, rebalance};
 pub use policy::{
     Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
 };

@@ -7,18 +7,13 @@ use hashbrown::HashMap;
 
 use crate::event::{Keep, Plan, RowStart};
 use crate::ids::{RowId, RowKey};
+use crate::memory::ceiling;
 use crate::row::Row;
 use crate::units::{Blocks, Tokens};
 use crate::worker::{Batch, Member, Worker};
 
 /// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
 const MOST_TOLD: Tokens = Tokens(2 << 20);
-
-/// Blocks a row can need in a slice of `steps` iterations that it enters with at most `tokens` tokens of the `total`
-/// it may reach. The last token drawn is not computed before the next step, so its KV needs no place yet.
-pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: crate::units::BlockSize) -> Blocks {
-    (tokens + steps).min(total).saturating_sub(Tokens(1)).blocks(size)
-}
 
 /// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan.
 pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u32) -> Option<(Batch, Plan)> {
