@@ -18,6 +18,7 @@ mod plan;
 mod policy;
 mod pool;
 mod record;
+mod rectangle;
 mod router;
 mod row;
 mod scheduler;

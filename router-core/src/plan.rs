@@ -5,18 +5,23 @@
 
 use hashbrown::HashMap;
 
+use crate::cost::Layout;
 use crate::event::{Keep, Plan, RowStart};
 use crate::ids::{RowId, RowKey};
 use crate::memory::ceiling;
+use crate::rectangle;
 use crate::row::Row;
 use crate::units::{Blocks, Tokens};
 use crate::worker::{Batch, Member, Worker};
 
 /// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
-const MOST_TOLD: Tokens = Tokens(2 << 20);
+pub(crate) const MOST_TOLD: Tokens = Tokens(2 << 20);
 
 /// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan.
 pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u32) -> Option<(Batch, Plan)> {
+    if worker.spec.layout == Layout::Padded {
+        return rectangle::next(worker, rows, slice_len);
+    }
     let steps = Tokens(u64::from(slice_len));
     let size = worker.spec.model.block_size;
     let most = worker.cap.unwrap_or(usize::MAX).min(worker.spec.max_rows as usize);
@@ -91,7 +96,7 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     Some((Batch { no, base, members, added, ceiling: used }, plan))
 }
 
-fn start(row: &Row) -> RowStart {
+pub(crate) fn start(row: &Row) -> RowStart {
     RowStart {
         key: row.key(),
         slice_no: row.slices,

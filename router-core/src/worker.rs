@@ -8,6 +8,7 @@ use crate::cost::Estimator;
 use crate::event::Refusal;
 use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
+use crate::scheduler::pooled::Queue;
 use crate::units::{Blocks, Micros, Tokens};
 
 pub(crate) struct Worker {
@@ -24,6 +25,8 @@ pub(crate) struct Worker {
     pub(crate) sent: Vec<Batch>,
     /// Rows assigned and not finished, oldest first: `b` is their number.
     pub(crate) rows: BTreeMap<u64, RowId>,
+    /// Formed batches, in pooled modes.
+    pub(crate) queue: Queue,
     /// Q.
     pub(crate) queued: Tokens,
     /// W.
@@ -69,6 +72,7 @@ impl Worker {
             running: None,
             sent: Vec::new(),
             rows: BTreeMap::new(),
+            queue: Queue::default(),
             queued: Tokens::ZERO,
             work: Micros::ZERO,
             cap: None,

@@ -4,6 +4,7 @@
 //! committed at once); then every worker whose next batch changed gets a plan. It knows no clock, socket or text.
 
 mod placement;
+pub(crate) mod pooled;
 mod requests;
 mod workers;
 
@@ -67,6 +68,7 @@ pub struct Scheduler {
     turn: u64,
     decisions: Decisions,
     batches: VecDeque<BatchRecord>,
+    rounds: pooled::Rounds,
     depths: Vec<usize>,
     scores: Vec<u128>,
 }
@@ -88,6 +90,7 @@ impl Scheduler {
             turn: 0,
             decisions: Decisions::new(DECISIONS),
             batches: VecDeque::new(),
+            rounds: pooled::Rounds::default(),
             depths: Vec::new(),
             scores: Vec::new(),
         }
@@ -126,6 +129,9 @@ impl Scheduler {
     }
 
     fn plan(&mut self, actions: &mut Vec<Action>) {
+        if self.pooled().is_some() {
+            return self.plan_formed(actions);
+        }
         let dirty: Vec<WorkerId> =
             self.workers.iter_mut().filter_map(|(id, w)| std::mem::take(&mut w.dirty).then_some(*id)).collect();
         let slice_len = self.slice_len();
@@ -151,7 +157,8 @@ impl Scheduler {
 
     /// S: most iterations of the next slice.
     pub fn slice_len(&self) -> u32 {
-        self.config.slice_len.unwrap_or(FIRST_SLICE)
+        let default = self.pooled().map_or(FIRST_SLICE, |pooled| pooled.slice_len.unwrap_or(u32::MAX));
+        self.config.slice_len.unwrap_or(default)
     }
 
     /// The latest batches, oldest first.

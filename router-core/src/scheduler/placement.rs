@@ -19,6 +19,9 @@ const MAX_LOSSES: u32 = 2;
 impl Scheduler {
     /// Gives every row of the pool a worker: most work first, each choice committed before the next is made.
     pub(super) fn place(&mut self, now: Micros, actions: &mut Vec<Action>) {
+        if let Some(pooled) = self.pooled() {
+            return self.round(now, pooled, actions);
+        }
         if !std::mem::take(&mut self.place_pool) || self.pool.is_empty() {
             return;
         }
