@@ -7,6 +7,7 @@ mod batch;
 mod block;
 mod constants;
 mod cost;
+mod cut;
 mod decision;
 mod event;
 mod ids;
@@ -14,6 +15,7 @@ mod index;
 mod memory;
 mod mode;
 mod offload;
+mod output;
 mod plan;
 mod policy;
 mod pool;
@@ -42,7 +44,8 @@ pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
 pub use offload::{Movable, Move, Offloader, rebalance};
 pub use policy::{
-    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
+    Candidate, LeastRequests, Policy, PolicyName, Product, ProductTime, Random, RoundRobin, UnknownPolicy, View,
+    choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use record::{BatchOutcome, BatchRecord};

@@ -213,8 +213,13 @@ fn the_paper_s_steps_shorten_a_long_queue() {
     assert!(of("scls") < of("sls") && of("ab") < of("so"), "{ends:?}");
 }
 
+/// Many with `SCLS_SOAK` in the environment.
+fn cases() -> u32 {
+    if std::env::var_os("SCLS_SOAK").is_some() { 20_000 } else { 100 }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
     /// Anything at any time: arrivals, cancels, a kill, a drain, a late joiner, any S, memory barely enough.
     #[test]
     fn every_row_ends_once_and_nothing_is_left(

@@ -233,7 +233,7 @@ proptest! {
         slice in prop_oneof![Just(1u32), 2u32..40, Just(500u32)],
         blocks in 27u64..200, max_rows in 1u32..20, delay in 0u64..8_000,
         kill in proptest::option::of(0u64..500_000), drain in proptest::option::of(0u64..500_000),
-        policy in 0usize..4,
+        policy in 0usize..5,
     ) {
         let mut sim = Simulation::new(model(), config(PolicyName::ALL[policy], slice), Micros(delay));
         (0..3).for_each(|_| sim.join(Micros(0), spec(blocks, max_rows), Timing::default()));

@@ -5,9 +5,9 @@
 use std::cmp::Reverse;
 use std::collections::VecDeque;
 
-use super::Scheduler;
+use super::{Scheduler, here};
 use crate::batch::Batcher;
-use crate::cost::{Band, BatchLoad, Layout};
+use crate::cost::{BatchLoad, Layout};
 use crate::event::{Action, Keep, Plan, RowStart};
 use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::memory::{Extent, batch_ceiling};
@@ -16,7 +16,7 @@ use crate::offload::Offloader;
 use crate::plan::{MOST_TOLD, start};
 use crate::row::Row;
 use crate::units::{Micros, Tokens};
-use crate::worker::{Batch, Member, Worker};
+use crate::worker::{Batch, Worker};
 
 /// Batches of a worker that wait or run, and their time.
 #[derive(Default)]
@@ -58,6 +58,11 @@ impl Queue {
     fn is_empty(&self) -> bool {
         self.formed.is_empty() && self.sent.is_empty()
     }
+
+    /// Time of the batches that wait to be sent, where any do.
+    pub(crate) fn waiting(&self) -> Option<Micros> {
+        (!self.formed.is_empty()).then(|| self.formed.iter().map(|formed| formed.time).sum())
+    }
 }
 
 impl Scheduler {
@@ -84,9 +89,9 @@ impl Scheduler {
         if workers && !waiting.is_empty() {
             self.rounds.last = Some(now);
         }
-        waiting = self.offload(pooled, waiting, Worker::ready, actions);
+        waiting = self.offload(now, pooled, waiting, Worker::ready, actions);
         // what fits on no worker that takes new rows goes on where it is allowed to finish
-        waiting = self.offload(pooled, waiting, |worker| worker.synced && worker.draining, actions);
+        waiting = self.offload(now, pooled, waiting, |worker| worker.synced && worker.draining, actions);
         for id in waiting {
             self.keep_in_pool(now, id, actions);
         }
@@ -103,8 +108,7 @@ impl Scheduler {
                 Micros((loads.min().unwrap_or_default().0 as f64 * share) as u64).max(least)
             }
         };
-        // a clock that went back has nothing to say about the last round
-        let due = self.rounds.last.filter(|last| *last <= now).map_or(now, |last| last + wait);
+        let due = self.rounds.last.map_or(now, |last| last + wait);
         if now < due && self.rounds.asked != Some(due) {
             self.rounds.asked = Some(due);
             actions.push(Action::WakeAt(due));
@@ -116,6 +120,7 @@ impl Scheduler {
     /// given back; those for which none is free now stay in the pool.
     fn offload(
         &mut self,
+        now: Micros,
         pooled: Pooled,
         mut waiting: Vec<RowId>,
         takes: impl Fn(&Worker) -> bool,
@@ -163,7 +168,7 @@ impl Scheduler {
             free[at] = pooled.interval != Interval::AtOnce;
             let time = self.workers.get(&ids[at]).map_or(Micros::ZERO, |worker| self.batch_time(worker, &cut.rows));
             offloader.add(at, time);
-            self.queue_at(ids[at], cut.rows, time, actions);
+            self.queue_at(now, ids[at], cut.rows, time, actions);
         }
         self.rounds.turn = offloader.turn();
         waiting
@@ -215,14 +220,13 @@ impl Scheduler {
         worker.estimator.time(worker.estimator.model().slice(&load, u64::from(self.steps(rows.iter()))))
     }
 
-    fn queue_at(&mut self, at: WorkerId, ids: Vec<RowId>, time: Micros, actions: &mut Vec<Action>) {
+    fn queue_at(&mut self, now: Micros, at: WorkerId, ids: Vec<RowId>, time: Micros, actions: &mut Vec<Action>) {
         let mut rows = Vec::with_capacity(ids.len());
         for id in ids {
             let Some(row) = self.rows.get(&id) else { continue };
             rows.push(row.key());
             let tokens = row.tokens();
-            self.settle(id, at, tokens);
-            actions.push(Action::Placed(id, at, Band::default()));
+            self.settle(now, id, at, tokens, actions);
         }
         if let Some(worker) = self.workers.get_mut(&at) {
             worker.queue.formed.push_back(Formed { rows, time });
@@ -230,20 +234,20 @@ impl Scheduler {
         }
     }
 
-    /// Each worker gets its first batch, and the one after it to stand.
-    pub(super) fn plan_formed(&mut self, actions: &mut Vec<Action>) {
-        let changed = self.workers.iter_mut().filter_map(|(id, w)| std::mem::take(&mut w.dirty).then_some(*id));
-        for id in changed.collect::<Vec<_>>() {
-            while let Some((batch, plan)) = self.next_formed(id) {
-                actions.push(Action::Plan(id, plan));
-                match self.workers.get_mut(&id) {
-                    Some(worker) if worker.running.is_some() => worker.sent.push(batch),
-                    // nothing runs: it starts on arrival
-                    _ => self.started(id, batch, actions),
+    /// The worker gets its first batch, and the one after it to stand.
+    pub(super) fn plan_formed(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
+        while let Some((batch, plan)) = self.next_formed(id) {
+            for start in &plan.add {
+                if let Some(home) = here(&mut self.rows, start.key, id) {
+                    home.budget = start.prefill_budget;
                 }
             }
-            if let Some(worker) = self.workers.get_mut(&id) {
-                worker.dirty = false;
+            actions.push(Action::Plan(id, plan));
+            if self.workers.get(&id).is_some_and(|worker| worker.running.is_some()) {
+                self.sent(id, batch);
+            } else {
+                // nothing runs: it starts on arrival
+                self.started(now, id, batch, None, actions);
             }
         }
     }
@@ -272,21 +276,20 @@ impl Scheduler {
                 continue;
             }
             let added: Vec<RowKey> = rows.iter().map(|row| row.key()).collect();
-            let members = rows.iter().map(|row| Member { key: row.key(), tokens: row.tokens() }).collect();
-            let add: Vec<RowStart> = rows.iter().map(|row| start(row)).collect();
+            let add: Vec<RowStart> = rows.iter().map(|row| start(row, worker)).collect();
             let steps = rows.iter().map(|row| row.slice(slice_len).0 as u32).max().unwrap_or(1).max(1);
             let extents: Vec<Extent> = rows.iter().map(|row| row.extent()).collect();
             let ceiling = batch_ceiling(worker.spec.layout, &extents, steps, self.model.block_size);
             if !rest.is_empty() {
                 worker.queue.formed.push_front(Formed { rows: rest, time: Micros::ZERO });
             }
-            let base = worker.running.as_ref().map_or(worker.last_ended, |batch| batch.no);
-            let no = worker.next_plan();
+            let (base, no, expected) = (worker.base(), worker.next_plan(), formed.time);
             formed.rows.clone_from(&added);
             worker.queue.sent.push((no, formed));
             let keep = Keep::List(Vec::new());
             let plan = Plan { no, base, keep, leave: Vec::new(), add, steps, ceiling, ranks: Vec::new() };
-            return Some((Batch { no, base, members, added, ceiling }, plan));
+            let (members, joining) = (added.clone(), added.clone());
+            return Some((Batch { no, base, steps, members, joining, added, ceiling, expected }, plan));
         }
         None
     }
@@ -310,11 +313,19 @@ impl Scheduler {
     /// Plans were refused: what will not start any more is sent again, before what waits.
     pub(super) fn formed_refused(&mut self, id: WorkerId) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let Worker { queue, running, sent, .. } = worker;
-        let starts = |no: PlanNo| running.iter().chain(sent.iter()).any(|batch| batch.no == no);
-        let (stay, again) = std::mem::take(&mut queue.sent).into_iter().partition(|(no, _)| starts(*no));
-        queue.sent = stay;
-        let again: Vec<(PlanNo, Formed)> = again;
-        again.into_iter().rev().for_each(|(_, formed)| queue.formed.push_front(formed));
+        for at in (0..worker.queue.sent.len()).rev() {
+            let no = worker.queue.sent[at].0;
+            if worker.runs(no) || worker.sent.iter().any(|batch| batch.no == no) {
+                continue;
+            }
+            let (_, formed) = worker.queue.sent.remove(at);
+            if formed.rows.iter().any(|key| here(&mut self.rows, *key, id).is_some()) {
+                worker.queue.formed.push_front(formed);
+            } else {
+                worker.queue.load = worker.queue.load.saturating_sub(formed.time);
+                // it may have nothing to run now
+                self.place_pool = true;
+            }
+        }
     }
 }
