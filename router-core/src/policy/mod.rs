@@ -27,7 +27,8 @@ pub struct Candidate {
     pub batch_size: u64,
     /// `W`: committed work.
     pub work: Micros,
-    /// Time of one slice there with this row in it, queued prefill and its own included.
+    /// Time of one slice there with this row in it, queued prefill and its own included; zero where the policy does not
+    /// ask for it.
     pub joined: Micros,
     /// Blocks that the running batch cannot need.
     pub free: Blocks,

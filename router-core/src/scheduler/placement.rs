@@ -7,7 +7,7 @@ use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
 use crate::index::PrefixIndex;
-use crate::policy::{Candidate, View, choose};
+use crate::policy::{Candidate, PolicyName, View, choose};
 use crate::row::{Home, Place, Row, Stage};
 use crate::units::{Blocks, Micros, Tokens};
 
@@ -71,6 +71,7 @@ impl Scheduler {
     ) -> Option<Decision> {
         self.index.matched(chain, &mut self.depths);
         let (size, slice_len) = (self.model.block_size, self.slice_len());
+        let timed = self.config.policy == PolicyName::ProductTime;
         let depth = |worker: WorkerId| self.depths.get(worker.0 as usize).copied().unwrap_or(0);
         let new_of = |worker| new_tokens(tokens, depth(worker), size);
         let candidates: Vec<Candidate> = self
@@ -83,7 +84,7 @@ impl Scheduler {
                 queued: w.queued,
                 batch_size: w.batch_size(),
                 work: w.work(now),
-                joined: w.joined(tokens, new_of(worker), slice_len),
+                joined: if timed { w.joined(tokens, new_of(worker), slice_len) } else { Micros::ZERO },
                 free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |r| r.batch.ceiling)),
             })
             .collect();
