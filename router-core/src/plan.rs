@@ -5,31 +5,27 @@
 
 use hashbrown::HashMap;
 
-use crate::cost::BatchLoad;
+use crate::cost::{BatchLoad, Layout};
 use crate::event::{Keep, Plan, RowStart};
 use crate::ids::{RowId, RowKey};
+use crate::memory::ceiling;
+use crate::rectangle;
 use crate::row::{Row, Stage};
-use crate::units::{BlockSize, Blocks, Tokens};
+use crate::units::{Blocks, Tokens};
 use crate::worker::{Batch, Worker};
 
 /// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
-const MOST_TOLD: Tokens = Tokens(2 << 20);
-
-/// Blocks a row can need in a slice of `steps` iterations that it enters with at most `tokens` tokens of the `total`
-/// it may reach. The last token drawn is not computed before the next step, so its KV needs no place yet.
-pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: BlockSize) -> Blocks {
-    (tokens + steps).min(total).saturating_sub(Tokens(1)).blocks(size)
-}
+pub(crate) const MOST_TOLD: Tokens = Tokens(2 << 20);
 
 /// Who runs next, before it is a plan.
 #[derive(Default)]
-struct Packed {
+pub(crate) struct Packed {
     /// With the most tokens each can have at the start.
-    members: Vec<(RowKey, Tokens)>,
-    leave: Vec<RowKey>,
-    ceiling: Blocks,
+    pub(crate) members: Vec<(RowKey, Tokens)>,
+    pub(crate) leave: Vec<RowKey>,
+    pub(crate) ceiling: Blocks,
     /// A row that has its KV here found no place for it.
-    evicts: bool,
+    pub(crate) evicts: bool,
 }
 
 /// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan. `cuts`:
@@ -90,6 +86,9 @@ pub(crate) fn next(
 }
 
 fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32, cuts: bool) -> Packed {
+    if worker.spec.layout == Layout::Padded {
+        return rectangle::pack(worker, rows, steps, cuts);
+    }
     let steps = Tokens(u64::from(steps));
     let base_steps = Tokens(worker.running.as_ref().map_or(0, |running| u64::from(running.batch.steps)));
     let size = worker.spec.model.block_size;
@@ -135,7 +134,7 @@ fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32, cuts: bool) -> 
     packed
 }
 
-fn start(row: &Row, worker: &Worker) -> RowStart {
+pub(crate) fn start(row: &Row, worker: &Worker) -> RowStart {
     RowStart {
         key: row.key(),
         slice_no: row.slices,

@@ -11,6 +11,7 @@ use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
 use crate::record::BatchRecord;
 use crate::row::{Home, Stage};
+use crate::scheduler::pooled::Queue;
 use crate::units::{Blocks, Micros, Tokens};
 
 pub(crate) struct Worker {
@@ -27,6 +28,8 @@ pub(crate) struct Worker {
     pub(crate) sent: Vec<Batch>,
     /// Rows assigned and not finished, oldest first: `b` is their number.
     pub(crate) rows: BTreeMap<u64, RowId>,
+    /// Formed batches, in pooled modes.
+    pub(crate) queue: Queue,
     /// Q.
     pub(crate) queued: Tokens,
     /// Tokens of all its rows, prompt and output so far.
@@ -90,6 +93,7 @@ impl Worker {
             running: None,
             sent: Vec::new(),
             rows: BTreeMap::new(),
+            queue: Queue::default(),
             queued: Tokens::ZERO,
             context: Tokens::ZERO,
             waiting: 0,
@@ -143,7 +147,7 @@ impl Worker {
             None if self.waiting > 0 => self.bare,
             None => Micros::ZERO,
         };
-        running + next + self.unplanned
+        running + next + self.queue.waiting().unwrap_or(self.unplanned)
     }
 
     /// What a row adds to a slice of so many steps: its prefill and its share of each step.

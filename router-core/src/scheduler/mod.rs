@@ -6,6 +6,7 @@
 
 mod moves;
 mod placement;
+pub(crate) mod pooled;
 mod requests;
 mod slices;
 mod workers;
@@ -101,6 +102,7 @@ pub struct Scheduler {
     touched: Vec<WorkerId>,
     /// A slice ended: a worker may take what waits elsewhere.
     slice_ended: bool,
+    rounds: pooled::Rounds,
     depths: Vec<usize>,
     scores: Vec<u128>,
 }
@@ -128,6 +130,7 @@ impl Scheduler {
             moves: Moves::default(),
             touched: Vec::new(),
             slice_ended: false,
+            rounds: pooled::Rounds::default(),
             depths: Vec::new(),
             scores: Vec::new(),
         }
@@ -196,6 +199,9 @@ impl Scheduler {
     }
 
     fn plan(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
+        if self.pooled().is_some() {
+            return self.plan_formed(now, id, actions);
+        }
         let (slice_len, cuts) = (self.slice_len(), self.config.mode == Mode::Slice);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if !std::mem::take(&mut worker.dirty) {
@@ -242,7 +248,8 @@ impl Scheduler {
         match (self.config.slice_len, self.config.mode) {
             (Some(fixed), _) => fixed,
             (None, Mode::Ils) => 1,
-            (None, _) => self.mean_output.slice_len(),
+            (None, Mode::Pooled(pooled)) => pooled.slice_len.unwrap_or(u32::MAX),
+            (None, Mode::Slice) => self.mean_output.slice_len(),
         }
     }
 

@@ -191,6 +191,7 @@ impl Scheduler {
             goes_on.extend(self.row_reported(id, row, actions));
         }
         self.weigh_moves(now, id, &goes_on, actions);
+        self.formed_ended(id, report.batch, actions);
         // The plan that starts now. Where the worker had none but one is on its way, that one starts on arrival;
         // of several the first does, and the worker answers STALE to the others.
         let Some(worker) = self.workers.get_mut(&id) else { return };
@@ -322,6 +323,7 @@ impl Scheduler {
             }
         }
         self.blame(id, &batch, reason, rows, detail, actions);
+        self.formed_refused(id);
         // of several plans on their way to an idle worker the next one starts instead
         if let Some(worker) = self.workers.get_mut(&id)
             && worker.running.is_none()
