@@ -9,7 +9,7 @@ use super::model::{CostModel, Layout, micros};
 use super::walk::walk;
 use super::window::Window;
 use crate::constants::{
-    BUCKETS, CORRECTION_GAIN, FIRST_OUTPUT, MEMORY, SETTLE, START_UNKNOWN, TRUST_MEASURED, TRUST_UNKNOWN,
+    BAND_SLACK, BUCKETS, CORRECTION_GAIN, FIRST_OUTPUT, MEMORY, SETTLE, START_UNKNOWN, TRUST_MEASURED, TRUST_UNKNOWN,
 };
 use crate::units::{Micros, Tokens};
 
@@ -209,8 +209,8 @@ impl Estimator {
             }
         }
         // rounded away from the band's middle, so that its edges are in it
-        let lo = (lo * self.correction * 1e6).floor() as u64;
-        let hi = (hi * self.correction * 1e6).ceil() as u64;
+        let lo = (lo * self.correction * 1e6 * (1.0 - BAND_SLACK)).floor() as u64;
+        let hi = (hi * self.correction * 1e6 * (1.0 + BAND_SLACK)).ceil() as u64;
         Band { lo: Micros(lo.min(hi)), hi: Micros(hi) }
     }
 
