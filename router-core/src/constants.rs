@@ -43,5 +43,5 @@ pub(crate) const TRUST_UNKNOWN: f64 = 1e3;
 pub(crate) const START_UNKNOWN: f64 = 10.0;
 /// Tokens of an output before any has ended, weighing as one row that ended.
 pub(crate) const FIRST_OUTPUT: f64 = 256.0;
-/// Iterations foreseen of a batch, a megabyte: a slice has at most [`MOST_SLICE`], and a sequence seldom as many.
+/// Iterations foreseen of a batch (1.5 MB): a slice has at most [`MOST_SLICE`], and a sequence seldom as many.
 pub(crate) const MOST_FORESEEN: u32 = 1 << 16;

@@ -46,10 +46,6 @@ impl Window {
         self.sorted[at] = new;
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.sorted.len()
-    }
-
     /// Half are smaller.
     pub(super) fn median(&self) -> Option<f64> {
         self.sorted.get(self.sorted.len() / 2).map(|x| f64::from(*x))
@@ -135,7 +131,7 @@ mod tests {
         for x in [f64::NAN, f64::INFINITY, 0.0, -1.0, f64::NEG_INFINITY] {
             window.push(x);
         }
-        assert_eq!(window.len(), 5);
+        assert_eq!(window.sorted.len(), 5);
         assert!(window.sorted.iter().all(|x| (1e-6..=1e6).contains(x)), "{window:?}");
         (0..20).for_each(|_| window.push(1.0));
         assert!(window.edges().is_some_and(|edges| edges.iter().all(|x| x.is_finite())));
