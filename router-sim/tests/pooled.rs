@@ -163,7 +163,6 @@ proptest! {
         kill in proptest::option::of(0u64..1_500_000), drain in proptest::option::of(0u64..1_500_000),
         mode in 0usize..7, pads in any::<bool>(),
     ) {
-        eprintln!("CASE mode {mode} pads {pads} slice {slice:?} blocks {blocks} small {small} max_rows {max_rows} delay {delay} kill {kill:?} drain {drain:?} rows {}", rows.len());
         // the seventh: rows stay, on workers that pad
         let mode = MODES.get(mode).map_or(Mode::Slice, |mode| Mode::Pooled(*mode));
         let pads = pads || mode == Mode::Slice;
