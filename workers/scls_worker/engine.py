@@ -173,6 +173,7 @@ class Engine:
         """The batch is over. The standing plan starts before the report goes out, which names it."""
         self.batch, self.base = None, batch
         self.batch_ended_us = self.clock()
+        report = reports.slice_report(batch, end, error)
         plan, self.standing = self.standing, None
         if plan is None:
             hold(batch.live, self.pool)
@@ -180,8 +181,8 @@ class Engine:
             # A refusal goes before the report: the router would take a plan it sent for one that starts.
             self._start(plan)
         self._send_deltas()
-        next_batch = self.batch.number if self.batch else 0
-        self.owner.send(slice_report=reports.slice_report(batch, end, next_batch, error))
+        report.next_batch = self.batch.number if self.batch else 0
+        self.owner.send(slice_report=report)
         self._send_load()
         # A batch without rows does not run.
         self._end_if_due()

@@ -289,6 +289,8 @@ def test_survivors_are_kept_and_newcomers_join() -> None:
     first, second = of(router.run(), "slice_report")
     assert (first.end, first.next_batch, second.next_batch) == (S.END_STEPS, 2, 0)
     assert [r.row.request for r in second.rows] == [2, 3]
+    # The survivor's first slice is told in full, though its second has begun by then.
+    assert (first.rows[1].computed, first.rows[1].emitted) == (7, 3)
     # The survivor computed one token an iteration; nothing of it was prefilled again.
     assert (second.rows[0].computed, second.rows[0].cached) == (2, 0)
 
