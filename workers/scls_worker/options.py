@@ -66,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
     parser.add_argument(
+        "--layout",
+        choices=("paged", "padded"),
+        default="paged",
+        help="paged: rows in blocks, KV kept between slices. padded: one rectangle a batch; default: paged",
+    )
+    parser.add_argument(
         "--block-size", type=positive, default=16, metavar="TOKENS", help="tokens a KV block; default: 16"
     )
     parser.add_argument("--blocks", type=positive, metavar="N", help="KV blocks; default: from memory")
@@ -139,6 +145,7 @@ def build_mock(options: argparse.Namespace) -> Served:
         chunk_tokens=options.chunk_tokens,
         device="none",
         dtype="none",
+        padded=options.layout == "padded",
         engine=f"scls-worker {__version__} mock",
     )
     return Served(MockRunner(vocab, options.step_us or 0, options.prefill_us_per_token or 0.0), info, tokenizer)

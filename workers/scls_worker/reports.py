@@ -83,6 +83,8 @@ def slice_report(batch: Batch, end: pb.SliceReport.End, error: str) -> pb.SliceR
         queue_us=batch.queue_us,
         idle_us=batch.idle_us,
         peak_blocks=batch.peak_blocks,
+        pad_tokens=batch.pad_tokens,
+        invalid_tokens=batch.invalid_tokens,
         error=error,
     )
 
