@@ -48,18 +48,26 @@ class MockRunner:
         step_us: int = 0,
         prefill_us_per_token: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
+        padded: bool = False,
     ) -> None:
         self.vocab = vocab
         self.step_us = step_us
         self.prefill_us_per_token = prefill_us_per_token
         self.sleep = sleep
+        self.padded = padded
 
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
-        prefill = sum(chunk.size for chunk in chunks if chunk.size > 1)
-        duration_us = self.step_us + prefill * self.prefill_us_per_token
+        duration_us = self.step_us + self._prefilled(chunks) * self.prefill_us_per_token
         if duration_us > 0:
             self.sleep(duration_us / 1e6)
         return [self._draw(chunk.row) for chunk in chunks if chunk.draws]
+
+    def _prefilled(self, chunks: Sequence[Chunk]) -> int:
+        """Tokens, or cells of the rectangle."""
+        sizes = [chunk.size for chunk in chunks if chunk.row.wants_prefill and not chunk.row.finish]
+        if self.padded:
+            return len(chunks) * max(sizes, default=0)
+        return sum(sizes)
 
     def _draw(self, row: Row) -> Drawn:
         token = next_token(int(row.tokens[row.known - 1]), row.known - 1, self.vocab)

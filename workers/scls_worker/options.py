@@ -148,4 +148,7 @@ def build_mock(options: argparse.Namespace) -> Served:
         padded=options.layout == "padded",
         engine=f"scls-worker {__version__} mock",
     )
-    return Served(MockRunner(vocab, options.step_us or 0, options.prefill_us_per_token or 0.0), info, tokenizer)
+    runner = MockRunner(
+        vocab, options.step_us or 0, options.prefill_us_per_token or 0.0, padded=options.layout == "padded"
+    )
+    return Served(runner, info, tokenizer)
