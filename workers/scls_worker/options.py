@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scls_router.proto import common_pb2 as common
 
-from . import __version__
+from . import __version__, cost
 from .engine import Runner
 from .errors import StartupError
 from .folder import check_folder, check_tokenizer
@@ -25,7 +25,7 @@ CONTEXTS_A_POOL = 4
 
 class Served(NamedTuple):
     runner: Runner
-    info: common.WorkerInfo
+    info: common.WorkerInfo  # without a cost model, unless it is known beforehand
     tokenizer: list[Path]
 
 
@@ -83,6 +83,15 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-context", type=positive, metavar="N", help="cap of prompt and output together; default: the model's"
+    )
+    parser.add_argument(
+        "--cost-model",
+        type=Path,
+        metavar="FILE",
+        help="what iterations cost here, of --calibrate; default: a short look at the start",
+    )
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="measure what iterations cost here, write it and exit"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="compute threads; default: torch's choice")
     parser.add_argument(
@@ -151,4 +160,6 @@ def build_mock(options: argparse.Namespace) -> Served:
     runner = MockRunner(
         vocab, options.step_us or 0, options.prefill_us_per_token or 0.0, padded=options.layout == "padded"
     )
+    if known := runner.cost():
+        info.cost_model.CopyFrom(cost.message(known))
     return Served(runner, info, tokenizer)
