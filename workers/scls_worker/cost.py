@@ -90,11 +90,11 @@ def read(path: Path, info: common.WorkerInfo, parse: Callable[[str], Model] | No
         calibration = json.loads(text)
         if not isinstance(calibration, dict):
             raise ValueError("not a JSON object")
-        # A CostError is a ValueError, and names the coefficient.
+        # What it raises names the coefficient.
         form = (parse or models().from_json)(text).to_dict()
     except OSError as error:
         raise StartupError(f"cannot read --cost-model {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise StartupError(f"--cost-model {path}: {error}") from None
     for name, its, ours in (
         ("layout", form["shape"], layout_name(info)),

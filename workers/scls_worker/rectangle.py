@@ -32,6 +32,7 @@ class Rectangle:
         self.pools, self.width = pools, width  # per layer K, V: [slots, Hkv, D]
         self.order = range(self.rows)
         self.begins = to(np.asarray(starts), device)  # [N]
+        self.places = torch.arange(self.rows, device=device)
         self.positions = (self.begins[:, None] + torch.arange(self.length, device=device)).view(-1)  # [N * L]
         self.ends = to(np.arange(self.rows) * self.length + np.asarray(sizes) - 1, device)  # [N], of the flat tokens
         self.seen = max(starts) + self.length
@@ -89,7 +90,7 @@ class Rectangle:
         if self.length > 1:
             whole[:, :, : self.length] = columns
         else:
-            whole[torch.arange(self.rows, device=self.device), :, self.begins] = columns[:, :, 0]
+            whole[self.places, :, self.begins] = columns[:, :, 0]
         if self.seen == self.length:
             # A batch begins. A mask does not keep an earlier batch's NaN out of a sum.
             whole[:, :, self.length :] = 0
