@@ -23,6 +23,7 @@ PAGED_ONLY = {
     "test_the_same_tokens_for_every_slicing_batch_and_cache_state": "finds a prefix",
     "test_held_rows_wait_and_come_back": "holds KV",
     "test_under_pressure_the_lowest_rank_loses_its_kv_and_still_ends_right": "holds KV",
+    "test_a_prefill_budget_holds_beside_rows_that_decode": "has prompts in chunks",
     "test_resync_and_ping": "knows blocks by name",
 }
 _requests = itertools.count(1)
@@ -197,6 +198,16 @@ def test_under_pressure_the_lowest_rank_loses_its_kv_and_still_ends_right(sessio
     session.run(add=[reference], steps=8)
     assert reference.output == low.output
     session.send(drop=pb.Drop(rows=[reference.id]))
+
+
+def test_a_prefill_budget_holds_beside_rows_that_decode(session: Session) -> None:
+    a, b, alone = row(max_tokens=60), row(200, 4, prefill_budget=50), row(200, 4, prefill_budget=50)
+    session.run(add=[a], steps=2)
+    session.run(keep="survivors", add=[b], steps=6)
+    assert (len(a.output), len(b.output)) == (8, 3), "four chunks, the last of which draws"
+    session.run(add=[alone], steps=2)
+    assert len(alone.output) == 2, "nobody waits for its chunk"
+    session.send(drop=pb.Drop(rows=[a.id, b.id, alone.id]))
 
 
 def test_slices_of_a_rectangle(worker: Process, session: Session) -> None:
