@@ -27,8 +27,8 @@ mod worker;
 pub use batch::{Batcher, RowGroup, Split};
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use cost::{
-    Band, BatchLoad, CostError, CostModel, Estimator, Forecast, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep,
-    RowLoad, micros,
+    Band, BatchLoad, Calibration, CostError, CostModel, Estimator, Fit, FitError, Forecast, Iteration, JsonError,
+    Layout, PaddedCost, PagedPrefill, PagedStep, RowLoad, Sample, micros,
 };
 pub use decision::Decision;
 pub use event::{
