@@ -92,5 +92,9 @@ class CostError(ValueError):
     """No worker can have this cost model; the message names the coefficient."""
 
 
+class FitError(ValueError):
+    """No cost model can be fitted to these samples; the message says why."""
+
+
 class RowTooLong(ValueError):
     """A row that fits no batch, not even alone; the message names it."""

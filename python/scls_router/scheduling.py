@@ -311,9 +311,7 @@ class WakeAt:
     at: float
 
 
-Action: TypeAlias = (
-    Plan | Cut | Drop | ReleaseKv | Resync | Quarantine | Placed | Tokens | Finish | Reject | WakeAt
-)
+Action: TypeAlias = Plan | Cut | Drop | ReleaseKv | Resync | Quarantine | Placed | Tokens | Finish | Reject | WakeAt
 
 
 # Reports

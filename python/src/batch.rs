@@ -21,12 +21,12 @@ use crate::router::held;
 /// pass has a price of its own, so they should not be too few. Over rows sorted by length the best cut is found exactly, in
 /// O(n * max_rows) (arXiv 2406.13511). For a paged worker it packs.
 ///
-/// >>> model = CostModel.padded(prefill=(0.01, 0.0, 0.0, 1e-4), step=(0.01, 1e-4, 0.0, 1e-6))
+/// >>> model = CostModel.padded(prefill=(3e-3, 0.0, 0.0, 1e-4), step=(3e-3, 5e-5, 0.0, 1e-6))
 /// >>> batcher = Batcher(model, capacity_tokens=16_000, max_rows=8, slice_len=32)
 /// >>> for batch in batcher.split([900, 20, 1000, 30]):
 /// ...     print(batch.rows, batch.longest, round(batch.seconds, 2))
-/// (1, 3) 30 0.34
-/// (0, 2) 1000 0.59
+/// (1, 3) 30 0.11
+/// (0, 2) 1000 0.36
 ///
 /// Args:
 ///     cost_model: times of batches; its layout says how memory is counted.

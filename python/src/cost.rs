@@ -3,9 +3,9 @@
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
-use router_core::{BatchLoad, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep, Tokens};
+use router_core::{BatchLoad, Fit, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep, Sample, Tokens};
 
-use crate::error::cost_error;
+use crate::error::{cost_error, fit_error};
 
 /// How long an iteration takes on a worker, as a function of what is in it: linear, no coefficient below zero, so that
 /// more work never takes less time. Immutable, comparable, picklable. All times are seconds.
@@ -61,7 +61,8 @@ impl CostModel {
     #[new]
     fn new(form: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = form.py();
-        let shape: String = item(form, "shape")?.ok_or_else(|| missing(py, "shape"))?.extract()?;
+        let shape = item(form, "shape")?.map_or_else(|| item(form, "layout"), |shape| Ok(Some(shape)))?;
+        let shape: String = shape.ok_or_else(|| missing(py, "shape"))?.extract()?;
         let core = match read_layout(&shape)? {
             Layout::Padded => {
                 let [prefill, step] = ["prefill", "step"].map(|part| coefficients(form, part, PADDED));
@@ -74,15 +75,7 @@ impl CostModel {
                 router_core::CostModel::Paged { prefill, step: PagedStep { constant, per_row, per_context } }
             }
         };
-        let quality = match item(form, "r2")? {
-            None => None,
-            Some(r2) => {
-                let error = |name| number(form, name, name);
-                let (mean_error, p99_error) = (error("mean_error")?, error("p99_error")?);
-                Some(Quality { r2: r2.extract()?, mean_error, p99_error })
-            }
-        };
-        Self::checked(py, core, quality)
+        Self::checked(py, core, quality(form)?)
     }
 
     /// The model of a paged worker, each coefficient in seconds.
@@ -133,23 +126,69 @@ impl CostModel {
         Self::checked(py, router_core::CostModel::Padded { prefill, step }, None)
     }
 
-    /// A model from the JSON that ``to_json`` gives.
+    /// The model that meets measured iterations best: least squares of relative errors, no coefficient below zero.
+    ///
+    /// >>> truth = CostModel.padded(prefill=(0.01, 0.0, 0.0, 1e-4), step=(0.01, 1e-4, 0.0, 1e-6))
+    /// >>> shapes = [(rows, longest) for rows in (1, 4, 16) for longest in (64, 256, 1024)]
+    /// >>> grid = [dict(rows=n, longest=l, prefill=n * l * fills) for n, l in shapes for fills in (0, 1)]
+    /// >>> model = CostModel.fit([dict(it, seconds=truth.iteration(**it)) for it in grid], layout="padded")
+    /// >>> model.p99_error < 1e-6, round(model.to_dict()["step"]["per_cell"], 9)
+    /// (True, 1e-06)
+    ///
+    /// Args:
+    ///     samples: dicts with the arguments of ``iteration``, 0 where missing, and the ``seconds`` it took.
+    ///     layout: ``paged`` or ``padded``.
+    ///
+    /// Raises:
+    ///     FitError: too few samples, or a time that is none.
+    ///     ValueError: a sample has no ``seconds``, or a key that is none; or there is no such layout.
+    ///     OverflowError: a count is negative.
+    #[staticmethod]
+    #[pyo3(signature = (samples, layout = "paged"))]
+    fn fit(py: Python<'_>, samples: Vec<Bound<'_, PyDict>>, layout: &str) -> PyResult<Self> {
+        let layout = read_layout(layout)?;
+        let samples = samples.iter().enumerate().map(|(at, given)| sample(at, given)).collect::<PyResult<Vec<_>>>()?;
+        let fit = py.detach(|| Fit::new(layout, &samples)).map_err(|error| fit_error(py, &error))?;
+        let Fit { model, r2, mean_error, p99_error } = fit;
+        Self::checked(py, model, Some(Quality { r2, mean_error, p99_error }))
+    }
+
+    /// A model from JSON: that of ``to_json``, or the whole file of a calibration.
     ///
     /// Raises:
     ///     CostError: a coefficient is missing, negative or not finite; the message names it.
-    ///     ValueError: this is no JSON, or there is no such shape.
+    ///     ValueError: this is no JSON, or there is no such layout.
     #[staticmethod]
     fn from_json(text: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let form = text.py().import("json")?.call_method1("loads", (text,))?;
+        // Python's own reader: it gives every number back to the last bit
+        let mut form = text.py().import("json")?.call_method1("loads", (text,))?;
         if !form.is_instance_of::<PyDict>() {
             return Err(PyValueError::new_err(format!("a cost model is a JSON object: got {form}")));
         }
-        Self::new(&form)
+        if let Some(fit) = item(&form, "fit")? {
+            form = fit;
+        }
+        match item(&form, "model")? {
+            None => Self::new(&form),
+            Some(model) => Ok(Self { quality: quality(&form)?, ..Self::new(&model)? }),
+        }
     }
 
-    /// As JSON, for ``from_json``: the same numbers to the last bit.
+    /// As JSON, with ``layout`` for ``shape``: as the router and calibrations have it.
     fn to_json(&self, py: Python<'_>) -> PyResult<String> {
-        py.import("json")?.call_method1("dumps", (self.to_dict(py)?,))?.extract()
+        let model = PyDict::new(py);
+        model.set_item("layout", self.layout())?;
+        let (prefill, step) = self.parts(py)?;
+        model.set_item("prefill", prefill)?;
+        model.set_item("step", step)?;
+        let mut form = model;
+        if let Some(quality) = self.quality {
+            let fit = PyDict::new(py);
+            fit.set_item("model", form)?;
+            quality.write(&fit)?;
+            form = fit;
+        }
+        py.import("json")?.call_method1("dumps", (form,))?.extract()
     }
 
     /// ``shape``, the coefficients of ``prefill`` and ``step``, and of a fit ``r2``, ``mean_error`` and ``p99_error``.
@@ -162,26 +201,11 @@ impl CostModel {
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let form = PyDict::new(py);
         form.set_item("shape", self.layout())?;
-        let part = |names: &[&str], values: &[f64]| -> PyResult<Bound<'py, PyDict>> {
-            let part = PyDict::new(py);
-            names.iter().zip(values).try_for_each(|(name, value)| part.set_item(name, value))?;
-            Ok(part)
-        };
-        let (prefill, step) = match self.core {
-            router_core::CostModel::Padded { prefill, step } => {
-                (part(&PADDED, &four(prefill))?, part(&PADDED, &four(step))?)
-            }
-            router_core::CostModel::Paged { prefill: p, step: s } => (
-                part(&PAGED_PREFILL, &[p.constant, p.per_token, p.per_pair])?,
-                part(&PAGED_STEP, &[s.constant, s.per_row, s.per_context])?,
-            ),
-        };
+        let (prefill, step) = self.parts(py)?;
         form.set_item("prefill", prefill)?;
         form.set_item("step", step)?;
         if let Some(quality) = self.quality {
-            form.set_item("r2", quality.r2)?;
-            form.set_item("mean_error", quality.mean_error)?;
-            form.set_item("p99_error", quality.p99_error)?;
+            quality.write(&form)?;
         }
         Ok(form)
     }
@@ -260,10 +284,66 @@ impl CostModel {
         &self.core
     }
 
+    fn parts<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyDict>, Bound<'py, PyDict>)> {
+        let part = |names: &[&str], values: &[f64]| -> PyResult<Bound<'py, PyDict>> {
+            let part = PyDict::new(py);
+            names.iter().zip(values).try_for_each(|(name, value)| part.set_item(name, value))?;
+            Ok(part)
+        };
+        Ok(match self.core {
+            router_core::CostModel::Padded { prefill, step } => {
+                (part(&PADDED, &four(prefill))?, part(&PADDED, &four(step))?)
+            }
+            router_core::CostModel::Paged { prefill: p, step: s } => (
+                part(&PAGED_PREFILL, &[p.constant, p.per_token, p.per_pair])?,
+                part(&PAGED_STEP, &[s.constant, s.per_row, s.per_context])?,
+            ),
+        })
+    }
+
     fn checked(py: Python<'_>, core: router_core::CostModel, quality: Option<Quality>) -> PyResult<Self> {
         core.check().map_err(|error| cost_error(py, &error.to_string()))?;
         Ok(Self { core, quality })
     }
+}
+
+impl Quality {
+    fn write(self, form: &Bound<'_, PyDict>) -> PyResult<()> {
+        form.set_item("r2", self.r2)?;
+        form.set_item("mean_error", self.mean_error)?;
+        form.set_item("p99_error", self.p99_error)
+    }
+}
+
+/// Of a fit, if this is one.
+fn quality(form: &Bound<'_, PyAny>) -> PyResult<Option<Quality>> {
+    if item(form, "r2")?.is_none() {
+        return Ok(None);
+    }
+    let of = |name| number(form, name, name);
+    Ok(Some(Quality { r2: of("r2")?, mean_error: of("mean_error")?, p99_error: of("p99_error")? }))
+}
+
+fn sample(at: usize, given: &Bound<'_, PyDict>) -> PyResult<Sample> {
+    let mut iteration = Iteration::default();
+    let mut seconds = None;
+    for (key, value) in given {
+        let key: String = key.extract()?;
+        match key.as_str() {
+            "rows" => iteration.rows = value.extract()?,
+            "context" => iteration.context = value.extract()?,
+            "longest" => iteration.longest = value.extract()?,
+            "prefill" => iteration.prefill = value.extract()?,
+            "pairs" => iteration.pairs = value.extract()?,
+            "seconds" => seconds = Some(value.extract()?),
+            _ => {
+                let keys = "rows, context, longest, prefill, pairs and seconds";
+                return Err(PyValueError::new_err(format!("sample {at} has a key {key}\na sample has {keys}")));
+            }
+        }
+    }
+    let seconds = seconds.ok_or_else(|| PyValueError::new_err(format!("sample {at} has no seconds")))?;
+    Ok(Sample { iteration, seconds })
 }
 
 pub(crate) fn read_layout(name: &str) -> PyResult<Layout> {

@@ -2,7 +2,7 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use router_core::{RouterError, UnknownMode, UnknownPolicy};
+use router_core::{FitError, RouterError, UnknownMode, UnknownPolicy};
 
 /// An error of the core on its way to Python; a policy written in Python brings its own.
 pub(crate) enum Error {
@@ -66,6 +66,10 @@ pub(crate) fn request_exists(py: Python<'_>, id: u64) -> PyErr {
 
 pub(crate) fn cost_error(py: Python<'_>, message: &str) -> PyErr {
     raised(py, "CostError", message)
+}
+
+pub(crate) fn fit_error(py: Python<'_>, error: &FitError) -> PyErr {
+    raised(py, "FitError", &error.to_string())
 }
 
 pub(crate) fn row_too_long(py: Python<'_>, message: &str) -> PyErr {

@@ -104,7 +104,7 @@ type Named = (Action, Option<Arc<str>>);
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (policy = "product", scheduler = "slice", *, block_size = 16, hash_root = 0, vocab = u32::MAX,
+    #[pyo3(signature = (policy = "product", scheduler = "slice", *, block_size = 16, hash_root = 0, vocab = 4_294_967_295,
         slice_len = None, seed = 0, max_rows = 4096))]
     #[allow(clippy::too_many_arguments)] // by name
     fn new(
@@ -399,7 +399,7 @@ impl Scheduler {
     /// Raises:
     ///     UnknownWorker: there is none of this name.
     ///     ValueError: there is no such reason.
-    #[pyo3(signature = (worker, plan, reason, *, now, rows = Vec::new(), detail = ""))]
+    #[pyo3(signature = (worker, plan, reason, *, now, rows = None, detail = ""))]
     #[allow(clippy::too_many_arguments)] // by name
     fn refused<'py>(
         &self,
@@ -408,11 +408,11 @@ impl Scheduler {
         plan: u64,
         reason: &str,
         now: f64,
-        rows: Vec<RowKey>,
+        rows: Option<Vec<RowKey>>,
         detail: &str,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let (plan, reason, detail) = (PlanNo(plan), refusal(reason)?, detail.to_owned());
-        let rows = rows.into_iter().map(Into::into).collect();
+        let rows = rows.unwrap_or_default().into_iter().map(Into::into).collect();
         self.say(py, worker, now, |_| WorkerMessage::Refused { plan, reason, rows, detail })
     }
 
