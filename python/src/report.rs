@@ -58,21 +58,21 @@ impl From<RowKey> for router_core::RowKey {
 }
 
 #[derive(FromPyObject)]
-pub(crate) struct RowTokens {
+pub(crate) struct RowTokens<'py> {
     key: RowKey,
     first_index: u32,
-    #[pyo3(from_py_with = ids)]
-    ids: Vec<u32>,
+    /// Read later: what is wrong with them is not to be hidden behind the name of this field.
+    ids: Bound<'py, PyAny>,
     finish: Option<String>,
     cached: Option<u64>,
 }
 
-impl RowTokens {
+impl RowTokens<'_> {
     pub(crate) fn into_core(self) -> PyResult<router_core::RowTokens> {
         Ok(router_core::RowTokens {
             key: self.key.into(),
             first_index: self.first_index,
-            ids: self.ids,
+            ids: ids(&self.ids)?,
             logprobs: Vec::new(),
             finish: finish(self.finish.as_deref())?,
             cached: self.cached.map(Tokens),

@@ -357,7 +357,7 @@ impl Scheduler {
         py: Python<'py>,
         worker: &str,
         batch: u64,
-        rows: Vec<RowTokens>,
+        rows: Vec<RowTokens<'py>>,
         now: f64,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let rows = rows.into_iter().map(RowTokens::into_core).collect::<PyResult<_>>()?;
