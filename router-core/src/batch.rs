@@ -60,11 +60,12 @@ struct Run {
 
 impl Run {
     fn with(self, row: Extent) -> Self {
-        Self {
-            memory: self.memory.with(row),
-            longest: self.longest.max(row.tokens),
-            context: self.context + row.tokens,
-        }
+        self.with_known(row.tokens, self.memory.one(row))
+    }
+
+    fn with_known(self, tokens: Tokens, ceiling: Blocks) -> Self {
+        let (longest, context) = (self.longest.max(tokens), self.context + tokens);
+        Self { memory: self.memory.with(ceiling), longest, context }
     }
 }
 
@@ -106,13 +107,16 @@ impl Batcher {
     pub fn split_rows(&self, rows: &[Extent]) -> Split {
         let (order, infeasible) = self.sorted(rows);
         let start = Best { nanos: 0, batches: 0, last: 0 };
+        // what a row needs is a division: once a row, not once a cell
+        let memory = self.empty().memory;
+        let sorted: Vec<_> = order.iter().map(|&at| (rows[at].tokens, memory.one(rows[at]))).collect();
         let mut best = Vec::with_capacity(order.len() + 1);
         best.push(start);
-        for at in 0..order.len() {
+        for at in 0..sorted.len() {
             let mut run = self.empty();
             let mut chosen: Option<Best> = None;
             for first in (0..=at).rev() {
-                run = run.with(rows[order[first]]);
+                run = run.with_known(sorted[first].0, sorted[first].1);
                 if !self.fits(&run) {
                     // neither would any longer run
                     break;

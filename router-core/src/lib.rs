@@ -7,6 +7,7 @@ mod batch;
 mod block;
 mod constants;
 mod cost;
+mod cut;
 mod decision;
 mod event;
 mod ids;
@@ -14,10 +15,12 @@ mod index;
 mod memory;
 mod mode;
 mod offload;
+mod output;
 mod plan;
 mod policy;
 mod pool;
 mod record;
+mod rectangle;
 mod router;
 mod row;
 mod scheduler;
@@ -27,8 +30,8 @@ mod worker;
 pub use batch::{Batcher, RowGroup, Split};
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use cost::{
-    Band, BatchLoad, Calibration, CostError, CostModel, Estimator, Fit, FitError, Forecast, Iteration, JsonError,
-    Layout, PaddedCost, PagedPrefill, PagedStep, RowLoad, Sample, micros,
+    Band, BatchLoad, Calibrated, Calibration, CostError, CostModel, Coverage, Estimator, Fit, FitError, Forecast,
+    Iteration, JsonError, Layout, PaddedCost, PagedPrefill, PagedStep, RowLoad, Sample, micros,
 };
 pub use decision::Decision;
 pub use event::{
@@ -41,7 +44,8 @@ pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
 pub use offload::{Movable, Move, Offloader, rebalance};
 pub use policy::{
-    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
+    Candidate, LeastRequests, Policy, PolicyName, Product, ProductTime, Random, RoundRobin, UnknownPolicy, View,
+    choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use record::{BatchOutcome, BatchRecord};

@@ -39,10 +39,14 @@ impl Ceiling {
         Self { layout, size, steps: Tokens(u64::from(steps)), rows: 0, highest, sum }
     }
 
-    /// The same with one row more.
+    /// The ceiling of a row in it.
+    pub fn one(&self, row: Extent) -> Blocks {
+        ceiling(row.tokens, self.steps, row.total, self.size)
+    }
+
+    /// The same with one row more, whose ceiling is this.
     #[must_use]
-    pub fn with(mut self, row: Extent) -> Self {
-        let one = ceiling(row.tokens, self.steps, row.total, self.size);
+    pub fn with(mut self, one: Blocks) -> Self {
         self.rows += 1;
         self.highest = self.highest.max(one);
         self.sum += one;
@@ -74,7 +78,7 @@ impl Ceiling {
 /// assert_eq!(batch_ceiling(Layout::Padded, &rows, 32, size), Blocks(18));
 /// ```
 pub fn batch_ceiling(layout: Layout, rows: &[Extent], steps: u32, size: BlockSize) -> Blocks {
-    rows.iter().fold(Ceiling::new(layout, size, steps), |all, row| all.with(*row)).blocks()
+    rows.iter().fold(Ceiling::new(layout, size, steps), |all, row| all.with(all.one(*row))).blocks()
 }
 
 #[cfg(test)]

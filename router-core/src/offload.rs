@@ -24,9 +24,14 @@ impl Offloader {
 
     /// The same, with ties broken from this turn on.
     #[must_use]
-    pub fn at_turn(mut self, turn: u64) -> Self {
-        self.turn = usize::try_from(turn % self.loads.len().max(1) as u64).unwrap_or(0);
+    pub fn at_turn(mut self, turn: usize) -> Self {
+        self.turn = turn % self.loads.len().max(1);
         self
+    }
+
+    /// Whose turn it is.
+    pub fn turn(&self) -> usize {
+        self.turn
     }
 
     /// What each worker has to do.
@@ -58,6 +63,14 @@ impl Offloader {
     pub fn least(&mut self, may: impl Fn(usize) -> bool) -> Option<usize> {
         let n = self.loads.len();
         let chosen = (self.turn..n).chain(0..self.turn).filter(|&at| may(at)).min_by_key(|&at| self.loads[at])?;
+        self.turn = (chosen + 1) % n;
+        Some(chosen)
+    }
+
+    /// The next in turn of the workers that may be taken, whatever they have to do.
+    pub fn next(&mut self, may: impl Fn(usize) -> bool) -> Option<usize> {
+        let n = self.loads.len();
+        let chosen = (self.turn..n).chain(0..self.turn).find(|&at| may(at))?;
         self.turn = (chosen + 1) % n;
         Some(chosen)
     }
@@ -208,7 +221,7 @@ mod tests {
 
         #[test]
         fn what_is_done_leaves_nothing(
-            times in proptest::collection::vec(0u64..u64::MAX / 64, 0..40), workers in 1usize..6, turn: u64,
+            times in proptest::collection::vec(0u64..u64::MAX / 64, 0..40), workers in 1usize..6, turn: usize,
         ) {
             let times: Vec<Micros> = times.into_iter().map(Micros).collect();
             let mut offloader = Offloader::new(vec![Micros::ZERO; workers]).at_turn(turn);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::block::BlockHash;
 use crate::ids::{RowId, RowKey, WorkerId};
+use crate::memory::Extent;
 use crate::units::{Micros, Tokens};
 
 pub(crate) struct Row {
@@ -17,6 +18,10 @@ pub(crate) struct Row {
     pub(crate) chain: Arc<[BlockHash]>,
     pub(crate) output: Vec<u32>,
     pub(crate) max_tokens: Tokens,
+    /// A running slice is cut for it.
+    pub(crate) urgent: bool,
+    /// Output tokens it had when a move was last weighed.
+    pub(crate) weighed: usize,
     pub(crate) place: Place,
     /// Prompt tokens the first dispatch that drew a token found cached.
     pub(crate) cached: Option<Tokens>,
@@ -41,10 +46,24 @@ pub(crate) struct Home {
     pub(crate) known: bool,
     /// Its part of the worker's Q: tokens not prefilled yet.
     pub(crate) prefill: Tokens,
-    /// Its part of the worker's W.
+    /// What it adds to a slice there: its part of the worker's W while it waits.
     pub(crate) work: Micros,
+    pub(crate) stage: Stage,
+    /// See [`crate::RowStart::prefill_budget`]; as it was told.
+    pub(crate) budget: Tokens,
     /// Its prompt's blocks are committed in the index.
     pub(crate) committed: bool,
+}
+
+/// How far a row is on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// In no plan.
+    Waiting,
+    /// In the plan sent last, and not running.
+    Planned,
+    /// In the running batch, which it entered with so many tokens.
+    Running { from: Tokens },
 }
 
 impl Row {
@@ -67,6 +86,10 @@ impl Row {
         Tokens(u64::from(slice_len)).min(self.total().saturating_sub(self.tokens()))
     }
 
+    pub(crate) fn extent(&self) -> Extent {
+        Extent { tokens: self.tokens(), total: self.total() }
+    }
+
     pub(crate) fn home(&self) -> Option<&Home> {
         match &self.place {
             Place::At(home) => Some(home),
@@ -79,6 +102,10 @@ impl Row {
             Place::At(home) => Some(home),
             Place::Pool { .. } => None,
         }
+    }
+
+    pub(crate) fn runs(&self) -> bool {
+        self.home().is_some_and(|home| matches!(home.stage, Stage::Running { .. }))
     }
 
     pub(crate) fn is_at(&self, worker: WorkerId) -> bool {

@@ -131,7 +131,7 @@ impl Iteration {
 }
 
 impl PaddedCost {
-    fn at(&self, rows: f64, length: f64) -> f64 {
+    pub(super) fn at(&self, rows: f64, length: f64) -> f64 {
         self.constant + self.per_row * rows + self.per_position * length + self.per_cell * rows * length
     }
 }

@@ -2,13 +2,13 @@
 
 use super::Scheduler;
 use crate::block::{BlockHash, new_tokens};
-use crate::cost::Band;
+use crate::cost::Layout;
 use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
 use crate::index::PrefixIndex;
-use crate::policy::{Candidate, View, choose};
-use crate::row::{Home, Place, Row};
+use crate::policy::{Candidate, PolicyName, View, choose};
+use crate::row::{Home, Place, Row, Stage};
 use crate::units::{Blocks, Micros, Tokens};
 
 /// How long a row that lost its worker waits for another before it ends with an error.
@@ -19,6 +19,9 @@ const MAX_LOSSES: u32 = 2;
 impl Scheduler {
     /// Gives every row of the pool a worker: most work first, each choice committed before the next is made.
     pub(super) fn place(&mut self, now: Micros, actions: &mut Vec<Action>) {
+        if let Some(pooled) = self.pooled() {
+            return self.round(now, pooled, actions);
+        }
         if !std::mem::take(&mut self.place_pool) || self.pool.is_empty() {
             return;
         }
@@ -42,8 +45,7 @@ impl Scheduler {
         let Some(chosen) = decision.chosen().copied() else { return false };
         self.turn += 1;
         self.decisions.push(decision);
-        self.settle(id, chosen.worker, chosen.new_tokens);
-        actions.push(Action::Placed(id, chosen.worker, Band::default()));
+        self.settle(now, id, chosen.worker, chosen.new_tokens, actions);
         true
     }
 
@@ -68,19 +70,22 @@ impl Scheduler {
         chain: &[BlockHash],
     ) -> Option<Decision> {
         self.index.matched(chain, &mut self.depths);
-        let size = self.model.block_size;
+        let (size, slice_len) = (self.model.block_size, self.slice_len());
+        let timed = self.config.policy == PolicyName::ProductTime;
+        let depth = |worker: WorkerId| self.depths.get(worker.0 as usize).copied().unwrap_or(0);
+        let new_of = |worker| new_tokens(tokens, depth(worker), size);
         let candidates: Vec<Candidate> = self
             .workers
             .iter()
             .filter(|(_, w)| w.ready() && total <= w.spec.most_tokens())
             .map(|(&worker, w)| Candidate {
                 worker,
-                new_tokens: new_tokens(tokens, self.depths.get(worker.0 as usize).copied().unwrap_or(0), size),
+                new_tokens: new_of(worker),
                 queued: w.queued,
-                batch_size: w.rows.len() as u64,
-                work: w.work,
-                joined: Micros::ZERO,
-                free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |b| b.ceiling)),
+                batch_size: w.batch_size(),
+                work: w.work(now),
+                joined: if timed { w.joined(tokens, new_of(worker), slice_len) } else { Micros::ZERO },
+                free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |r| r.batch.ceiling)),
             })
             .collect();
         let view = View { candidates: &candidates, turn: self.turn };
@@ -100,30 +105,56 @@ impl Scheduler {
     }
 
     /// Commits a choice: Q, b, W and the prompt's blocks move now, not when the worker says so.
-    pub(super) fn settle(&mut self, id: RowId, at: WorkerId, prefill: Tokens) {
+    pub(super) fn settle(&mut self, now: Micros, id: RowId, at: WorkerId, prefill: Tokens, actions: &mut Vec<Action>) {
         let slice_len = self.slice_len();
         let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
-        let work = worker.work_of(row.tokens(), prefill, row.slice(slice_len));
-        row.place = Place::At(Home { worker: at, known: false, prefill, work, committed: true });
+        let eta = worker.eta(now, row.tokens(), prefill, row.total().saturating_sub(row.tokens()));
+        let steps = row.slice(slice_len);
+        let work = worker.work_of(row.tokens(), prefill, steps);
+        // a rectangle leaves nothing to find
+        let committed = worker.spec.layout == Layout::Paged;
+        row.place = Place::At(Home {
+            worker: at,
+            known: false,
+            prefill,
+            work,
+            stage: Stage::Waiting,
+            budget: Tokens::ZERO,
+            committed,
+        });
         row.last_worker = Some(at);
+        row.weighed = row.output.len();
         worker.queued += prefill;
-        worker.work += work;
+        worker.context += row.tokens();
+        worker.bare = worker.bare_slice(steps.0 as u32);
+        worker.waiting += 1;
+        worker.unplanned += work;
         worker.rows.insert(row.order, id);
+        worker.joins.placed(now);
         worker.dirty = true;
-        self.index.commit(at, &row.chain);
+        self.touched.push(at);
+        if committed {
+            self.index.commit(at, &row.chain);
+        }
+        actions.push(Action::Placed(id, at, eta));
     }
 
     /// Takes back exactly what was committed for the row, and the row from its worker.
     pub(super) fn leave_home(&mut self, id: RowId) {
         let Some(row) = self.rows.get_mut(&id) else { return };
-        let Place::At(home) = std::mem::replace(&mut row.place, Place::Pool { until: None }) else { return };
+        let tokens = row.tokens();
+        let Place::At(mut home) = std::mem::replace(&mut row.place, Place::Pool { until: None }) else { return };
         let Some(worker) = self.workers.get_mut(&home.worker) else { return };
+        let ran = matches!(home.stage, Stage::Running { .. });
+        worker.restage(&mut home, Stage::Planned);
         worker.rows.remove(&row.order);
         worker.queued = worker.queued.saturating_sub(home.prefill);
-        worker.work = worker.work.saturating_sub(home.work);
-        worker.dirty = true;
+        worker.context = worker.context.saturating_sub(tokens);
+        // a batch that only shrinks needs no new plan, unless somebody waits for the place
+        worker.dirty |= worker.waiting > 0 || worker.sent.is_empty();
+        self.touched.push(home.worker);
         if home.committed {
-            if worker.runs(row.key()).is_some() {
+            if ran {
                 // the worker has computed these blocks, or is about to: its deltas come before its report
                 worker.unconfirmed.push(row.chain.clone());
             } else {
