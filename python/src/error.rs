@@ -44,6 +44,10 @@ pub(crate) fn unknown_policy(py: Python<'_>, error: &UnknownPolicy) -> PyErr {
     raised(py, "UnknownPolicy", &error.to_string())
 }
 
+pub(crate) fn no_times(py: Python<'_>) -> PyErr {
+    raised(py, "UnknownPolicy", "product_time needs the times of slices, which a Scheduler knows and a Router does not")
+}
+
 pub(crate) fn unknown_scheduler(py: Python<'_>, error: &UnknownMode) -> PyErr {
     raised(py, "UnknownScheduler", &error.to_string())
 }

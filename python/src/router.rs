@@ -14,7 +14,7 @@ use router_server::tokenizer::Tokenizer;
 
 use crate::class::Class;
 use crate::decision::{Decision, candidates};
-use crate::error::{Error, unknown_policy};
+use crate::error::{Error, no_times, unknown_policy};
 use crate::ids::ids;
 
 enum Policy {
@@ -351,6 +351,9 @@ fn read_policy(policy: &Bound<'_, PyAny>) -> PyResult<(Policy, Arc<str>)> {
     let py = policy.py();
     if let Ok(name) = policy.cast::<PyString>() {
         let name: PolicyName = name.to_str()?.parse().map_err(|error| unknown_policy(py, &error))?;
+        if name == PolicyName::ProductTime {
+            return Err(no_times(py));
+        }
         return Ok((Policy::Named(name), Arc::from(name.as_str())));
     }
     if !policy.is_callable() {
