@@ -112,7 +112,7 @@ class CostModel:
         """
 
     @staticmethod
-    def padded(*, prefill: tuple[float, float, float, float], step: tuple[float, float, float, float]) -> CostModel:
+    def padded(*, prefill: Sequence[float], step: Sequence[float]) -> CostModel:
         """The model of a padded worker: ``constant + per_row*N + per_position*L + per_cell*N*L`` seconds for a pass over
         ``N`` rows padded to length ``L``.
 

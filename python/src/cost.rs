@@ -2,7 +2,7 @@
 
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple, PyType};
+use pyo3::types::{PyDict, PyMapping, PyTuple, PyType};
 use router_core::{BatchLoad, Fit, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep, Sample, Tokens};
 
 use crate::error::{cost_error, fit_error};
@@ -53,8 +53,6 @@ struct Quality {
 const PADDED: [&str; 4] = ["constant", "per_row", "per_position", "per_cell"];
 const PAGED_PREFILL: [&str; 3] = ["constant", "per_token", "per_pair"];
 const PAGED_STEP: [&str; 3] = ["constant", "per_row", "per_context"];
-
-type Four = (f64, f64, f64, f64);
 
 #[pymethods]
 impl CostModel {
@@ -121,8 +119,8 @@ impl CostModel {
     ///     ValueError: these are not four.
     #[staticmethod]
     #[pyo3(signature = (*, prefill, step))]
-    fn padded(py: Python<'_>, prefill: Four, step: Four) -> PyResult<Self> {
-        let [prefill, step] = [prefill, step].map(|four| padded_cost(four.into()));
+    fn padded(py: Python<'_>, prefill: [f64; 4], step: [f64; 4]) -> PyResult<Self> {
+        let [prefill, step] = [prefill, step].map(padded_cost);
         Self::checked(py, router_core::CostModel::Padded { prefill, step }, None)
     }
 
@@ -145,7 +143,7 @@ impl CostModel {
     ///     OverflowError: a count is negative.
     #[staticmethod]
     #[pyo3(signature = (samples, layout = "paged"))]
-    fn fit(py: Python<'_>, samples: Vec<Bound<'_, PyDict>>, layout: &str) -> PyResult<Self> {
+    fn fit(py: Python<'_>, samples: Vec<Bound<'_, PyMapping>>, layout: &str) -> PyResult<Self> {
         let layout = read_layout(layout)?;
         let samples = samples.iter().enumerate().map(|(at, given)| sample(at, given)).collect::<PyResult<Vec<_>>>()?;
         let fit = py.detach(|| Fit::new(layout, &samples)).map_err(|error| fit_error(py, &error))?;
@@ -324,11 +322,11 @@ fn quality(form: &Bound<'_, PyAny>) -> PyResult<Option<Quality>> {
     Ok(Some(Quality { r2: of("r2")?, mean_error: of("mean_error")?, p99_error: of("p99_error")? }))
 }
 
-fn sample(at: usize, given: &Bound<'_, PyDict>) -> PyResult<Sample> {
+fn sample(at: usize, given: &Bound<'_, PyMapping>) -> PyResult<Sample> {
     let mut iteration = Iteration::default();
     let mut seconds = None;
-    for (key, value) in given {
-        let key: String = key.extract()?;
+    for item in given.items()? {
+        let (key, value): (String, Bound<'_, PyAny>) = item.extract()?;
         match key.as_str() {
             "rows" => iteration.rows = value.extract()?,
             "context" => iteration.context = value.extract()?,

@@ -137,6 +137,8 @@ def test_what_makes_no_sense_is_an_error() -> None:
         CostModel(model.to_dict() | {"shape": "flat"})
     with pytest.raises(TypeError, match=r"step\.constant is a number"):
         CostModel(model.to_dict() | {"step": dict.fromkeys(PADDED, "many")})
+    with pytest.raises(ValueError, match="length 4"):
+        CostModel.padded(prefill=[0, 0, 0], step=[1, 0, 0, 0])
     with pytest.raises(ValueError, match="JSON object"):
         CostModel.from_json("[1]")
     with pytest.raises(ValueError, match="Expecting"):
@@ -160,7 +162,7 @@ def test_what_makes_no_sense_is_an_error() -> None:
         ([{"rows": 1, "seconds": math.nan}], FitError, "sample 0 took NaN"),
         ([{"rows": -1, "seconds": 1.0}], OverflowError, "negative"),
         ([{"rows": 1.5, "seconds": 1.0}], TypeError, "float"),
-        ([3], TypeError, "dict"),
+        ([3], TypeError, "Mapping"),
     ],
 )
 def test_samples_that_are_none_are_named(samples: list[Any], error: type[Exception], match: str) -> None:
