@@ -65,11 +65,19 @@ pub(crate) fn worker_of(action: &Action) -> Option<WorkerId> {
     }
 }
 
-/// The action, with the name of its worker.
-pub(crate) fn action(py: Python<'_>, action: Action, name: Option<Arc<str>>) -> PyResult<Bound<'_, PyAny>> {
+/// A prompt's ids as Python has them, shared by the plans that name it.
+pub(crate) type Prompt = Arc<Py<PyTuple>>;
+
+/// The action, with the name of its worker and the prompts of its new rows, as far as they are at hand.
+pub(crate) fn action<'py>(
+    py: Python<'py>,
+    action: Action,
+    name: Option<Arc<str>>,
+    prompts: &[Option<Prompt>],
+) -> PyResult<Bound<'py, PyAny>> {
     let worker = name.as_deref();
     match action {
-        Action::Plan(_, plan) => self::plan(py, &plan, worker),
+        Action::Plan(_, plan) => self::plan(py, &plan, worker, prompts),
         Action::Cut(_, batch) => CUT.of(py, (worker, batch.0)),
         Action::Drop(_, rows) => DROP.of(py, (worker, keys(py, &rows)?)),
         Action::ReleaseKv(_, rows) => RELEASE_KV.of(py, (worker, keys(py, &rows)?)),
@@ -93,19 +101,28 @@ pub(crate) fn action(py: Python<'_>, action: Action, name: Option<Arc<str>>) -> 
     }
 }
 
-fn plan<'py>(py: Python<'py>, plan: &Plan, worker: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
+fn plan<'py>(
+    py: Python<'py>,
+    plan: &Plan,
+    worker: Option<&str>,
+    prompts: &[Option<Prompt>],
+) -> PyResult<Bound<'py, PyAny>> {
     let keep = match &plan.keep {
         Keep::Survivors => None,
         Keep::List(rows) => Some(keys(py, rows)?),
     };
     let leave = keys(py, &plan.leave)?;
-    let add = tuple(py, plan.add.iter().map(|start| row_start(py, start)))?;
+    let add = tuple(py, plan.add.iter().zip(prompts).map(|(start, prompt)| row_start(py, start, prompt.as_deref())))?;
     let rank = |(key, rank): &(RowKey, u64)| Ok((row_key(py, *key)?, *rank).into_pyobject(py)?.into_any());
     let ranks = tuple(py, plan.ranks.iter().map(rank))?;
     PLAN.of(py, (worker, plan.no.0, plan.base.0, keep, leave, add, plan.steps, plan.ceiling.0, ranks))
 }
 
-fn row_start<'py>(py: Python<'py>, start: &RowStart) -> PyResult<Bound<'py, PyAny>> {
+fn row_start<'py>(py: Python<'py>, start: &RowStart, prompt: Option<&Py<PyTuple>>) -> PyResult<Bound<'py, PyAny>> {
+    let prompt = match prompt {
+        Some(prompt) => prompt.bind(py).clone(),
+        None => PyTuple::new(py, start.prompt.iter())?,
+    };
     let BlockHash(root) = start.root;
     ROW_START.of(
         py,
@@ -113,7 +130,7 @@ fn row_start<'py>(py: Python<'py>, start: &RowStart) -> PyResult<Bound<'py, PyAn
             row_key(py, start.key)?,
             start.slice_no,
             root,
-            PyTuple::new(py, start.prompt.iter())?,
+            prompt,
             PyTuple::new(py, start.output.iter())?,
             start.max_tokens.0,
             start.hold_rank,

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use router_core::{
     Action, BlockHash, Blocks, Config, Epoch, Event, Layout, Micros, Mode, ModelSpec, NewRequest, PlanNo, RequestId,
-    Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    RowStart, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
-use crate::action;
+use crate::action::{self, Prompt};
 use crate::cost::{CostModel, read_layout};
 use crate::error::{no_worker, request_exists, unknown_policy, unknown_scheduler, unknown_worker, worker_exists};
 use crate::ids::ids;
@@ -83,8 +84,14 @@ struct State {
     root: BlockHash,
     slots: Vec<Slot>,
     epochs: u64,
-    /// Rows of each request that have not ended: an id is used again only after its last.
-    live: HashMap<RequestId, u32>,
+    /// Requests that have not ended: an id is used again only after its last row.
+    live: HashMap<RequestId, Live>,
+}
+
+struct Live {
+    rows: u32,
+    /// For plans: made once, however often a standing plan with the row is replaced.
+    prompt: Prompt,
 }
 
 /// A place for a worker. Decisions and batches of the past are named by who had it then.
@@ -100,7 +107,8 @@ struct Session {
     chunk: u32,
 }
 
-type Named = (Action, Option<Arc<str>>);
+/// An action with what Python has for its worker and its prompts.
+type Named = (Action, Option<Arc<str>>, Vec<Option<Prompt>>);
 
 #[pymethods]
 impl Scheduler {
@@ -308,14 +316,15 @@ impl Scheduler {
         n: u32,
         urgent: bool,
     ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let prompt = ids(prompt)?.into();
+        let prompt = ids(prompt)?;
+        let shown: Prompt = Arc::new(PyTuple::new(py, &prompt)?.unbind());
         let (now, id) = (clock(now)?, RequestId(request_id));
         let arrived = self.with(py, |state| {
             if state.live.contains_key(&id) {
                 return None;
             }
-            state.live.insert(id, n);
-            let max_tokens = Tokens(max_tokens);
+            state.live.insert(id, Live { rows: n, prompt: shown });
+            let (prompt, max_tokens) = (prompt.into(), Tokens(max_tokens));
             let request = NewRequest { id, prompt, root: state.root, choices: n, max_tokens, urgent };
             Some(state.handle(now, Event::RequestArrived(request)))
         });
@@ -512,12 +521,13 @@ impl State {
     fn handle(&mut self, now: Micros, event: Event) -> Vec<Named> {
         let mut actions = Vec::new();
         self.core.handle(now, event, &mut actions);
-        for action in &actions {
+        let named: Vec<Named> = actions.into_iter().map(|action| self.named(action)).collect();
+        for (action, ..) in &named {
             match action {
                 Action::Finish(row, _) => {
-                    let left = self.live.get_mut(&row.request).map_or(0, |left| {
-                        *left = left.saturating_sub(1);
-                        *left
+                    let left = self.live.get_mut(&row.request).map_or(0, |live| {
+                        live.rows = live.rows.saturating_sub(1);
+                        live.rows
                     });
                     if left == 0 {
                         self.live.remove(&row.request);
@@ -529,12 +539,18 @@ impl State {
                 _ => {}
             }
         }
-        let name = |action: Action| {
-            let slot = action::worker_of(&action).and_then(|worker| self.slots.get(worker.0 as usize));
-            let name = slot.and_then(|slot| slot.names.last()).map(|(_, name)| Arc::clone(name));
-            (action, name)
+        named
+    }
+
+    fn named(&self, action: Action) -> Named {
+        let slot = action::worker_of(&action).and_then(|worker| self.slots.get(worker.0 as usize));
+        let name = slot.and_then(|slot| slot.names.last()).map(|(_, name)| Arc::clone(name));
+        let prompt = |start: &RowStart| self.live.get(&start.key.row.request).map(|live| Arc::clone(&live.prompt));
+        let prompts = match &action {
+            Action::Plan(_, plan) => plan.add.iter().map(prompt).collect(),
+            _ => Vec::new(),
         };
-        actions.into_iter().map(name).collect()
+        (action, name, prompts)
     }
 
     fn slot_of(&self, name: &str) -> Option<WorkerId> {
@@ -575,7 +591,7 @@ fn clock(now: f64) -> PyResult<Micros> {
 }
 
 fn actions(py: Python<'_>, named: Vec<Named>) -> PyResult<Vec<Bound<'_, PyAny>>> {
-    named.into_iter().map(|(action, name)| action::action(py, action, name)).collect()
+    named.into_iter().map(|(action, name, prompts)| action::action(py, action, name, &prompts)).collect()
 }
 
 fn block_hashes(given: &Bound<'_, PyAny>) -> PyResult<Vec<BlockHash>> {
