@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import threading
@@ -420,3 +421,82 @@ def test_threads_lose_nothing() -> None:
         thread.join()
     assert scheduler.rows == 0 and len(scheduler.decisions()) == 800
     assert all((load.batch_size, load.queued_tokens) == (0, 0) for load in scheduler.workers())
+
+
+number = st.one_of(st.integers(0, 6), st.sampled_from([2**31, 2**32 - 1]))
+large = st.one_of(number, st.sampled_from([2**63, 2**64 - 1]))
+key = st.builds(RowKey, st.integers(0, 3), st.integers(0, 2), st.integers(0, 2))
+reason = st.sampled_from([None, "stop", "length", "cancelled", "error"])
+drawn = st.builds(RowTokens, key, number, st.lists(number, max_size=3).map(tuple), reason, st.none() | large)
+seconds = st.sampled_from([0.0, 1e-6, 0.01, 5.0, 1e12, 1e300])
+row_report = st.builds(RowReport, key, large, large, large, reason, st.booleans(), large)
+report = st.builds(
+    SliceReport,
+    large,
+    st.sampled_from(["steps", "all_done", "cut", "backpressure", "error"]),
+    number,
+    st.lists(row_report, max_size=3).map(tuple),
+    st.none() | large,
+    *[seconds, seconds, large, seconds, large, large],
+)
+sizes = st.sampled_from([1, 2, 100, 2**32 - 1])
+worker = st.sampled_from("ab")
+model = st.sampled_from(
+    [
+        None,
+        CostModel.padded(prefill=(0, 0, 0, 86_399), step=(0, 0, 0, 86_399)),
+        CostModel.padded(prefill=(0, 0, 0, 0), step=(0, 0, 0, 0)),
+    ]
+)
+said = st.one_of(
+    st.tuples(
+        st.just("join"),
+        worker,
+        st.fixed_dictionaries(
+            {"blocks": sizes, "max_rows": sizes, "max_context": sizes, "chunk_tokens": sizes, "cost_model": model}
+        ),
+    ),
+    st.tuples(st.sampled_from(["lost", "drain"]), worker),
+    st.tuples(st.just("snapshot"), worker, st.lists(large, max_size=3), st.fixed_dictionaries({"last": st.booleans()})),
+    st.tuples(st.just("kv_delta"), worker, st.fixed_dictionaries({"stored": st.lists(large, max_size=3)})),
+    st.tuples(
+        st.just("arrive"),
+        st.integers(0, 3),
+        st.lists(number, max_size=40),
+        st.fixed_dictionaries({"max_tokens": large, "n": st.integers(0, 3), "urgent": st.booleans()}),
+    ),
+    st.tuples(st.just("cancel"), st.integers(0, 3), st.fixed_dictionaries({"choice": st.none() | number})),
+    st.tuples(st.just("steps"), worker, large, st.lists(drawn, max_size=3)),
+    st.tuples(st.just("slice_reported"), worker, report),
+    st.tuples(
+        st.just("refused"),
+        worker,
+        large,
+        st.sampled_from(["stale", "no_memory", "too_many_rows", "unknown_row", "unsupported"]),
+        st.fixed_dictionaries({"rows": st.lists(key, max_size=3)}),
+    ),
+    st.tuples(st.just("tick")),
+    st.tuples(st.just("route"), st.lists(number, min_size=1, max_size=40)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["slice", "ils", "scls", "sls", "so", "pm", "ab", "lb"]),
+    st.sampled_from(["product", "product_time", "round_robin", "random", "least_requests"]),
+    st.none() | sizes,
+    st.lists(st.tuples(seconds, said), max_size=40),
+)
+def test_whatever_is_said_nothing_panics(
+    mode: str, policy: str, slice_len: int | None, said: list[tuple[float, tuple[Any, ...]]]
+) -> None:
+    scheduler = Scheduler(policy, mode, slice_len=slice_len, block_size=2)
+    scheduler.join("a", blocks=50, max_rows=4, max_context=2**64 - 1, now=0.0)
+    scheduler.snapshot("a", [], now=0.0)
+    for now, (name, *arguments) in said:
+        options = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+        # what is refused is refused by name; a panic of the core would be no Exception
+        with contextlib.suppress(ValueError, LookupError, NoWorker):
+            getattr(scheduler, name)(*arguments, **options, now=now)
+    ends = {"workers": scheduler.workers(), "decisions": scheduler.decisions(), "batches": scheduler.batches()}
+    assert pickle.loads(pickle.dumps(ends)) == ends
