@@ -269,6 +269,7 @@ impl Simulation {
         }
         // an iteration under way has its wake already
         if let Some(at) = connected.worker.next_wake().filter(|at| before != Some(*at) || *at <= self.now) {
+            connected.totals.longest = connected.totals.longest.max(at.saturating_sub(self.now));
             self.calendar.push(at, Happening::Wake(id, session));
         }
     }

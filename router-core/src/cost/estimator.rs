@@ -276,17 +276,22 @@ impl Estimator {
         self.correction = (self.correction * (gain * off).exp()).clamp(1.0 / trust, trust);
     }
 
-    /// What the lower and upper forecast of a bucket are multiplied by. While it has few residuals: the widest of what
-    /// it has seen and of what the other buckets say; before these do, a margin.
+    /// What the lower and upper forecast of a bucket are multiplied by. While it has too few residuals for quantiles: the
+    /// widest of what it has seen, of what a normal distribution makes of it (without noise residuals are anything but
+    /// normal), and of what the other buckets say; before these do, a margin.
     fn edges(&self, at: usize) -> [f64; 2] {
         let margin = if self.announced { TRUST_MEASURED } else { START_UNKNOWN };
         let edges = |of: fn(&Window) -> Option<[f64; 2]>, residuals: &Residuals| {
             Some([of(&residuals.lo)?[0], of(&residuals.hi)?[1]])
         };
-        if let Some(own) = edges(Window::edges, &self.residuals[at]) {
+        let own = &self.residuals[at];
+        if own.lo.has_quantiles()
+            && let Some(own) = edges(Window::edges, own)
+        {
             return own;
         }
         let wider = |a: [f64; 2], b: [f64; 2]| [a[0].min(b[0]), a[1].max(b[1])];
+        // its own are among them, where there are enough
         let others = self.residuals.iter().filter_map(|residuals| edges(Window::edges, residuals)).reduce(wider);
         let seen = edges(Window::extremes, &self.residuals[at]).unwrap_or([1.0; 2]);
         wider(seen, others.unwrap_or([1.0 / margin, margin]))

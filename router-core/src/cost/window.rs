@@ -51,13 +51,22 @@ impl Window {
         self.sorted.get(self.sorted.len() / 2).map(|x| f64::from(*x))
     }
 
+    /// How many are beyond [`Window::edges`] at either end.
+    fn outside(&self) -> usize {
+        ((self.sorted.len() as f64 + 1.0) * TAIL) as usize
+    }
+
+    /// There are enough for quantiles, whatever their distribution.
+    pub(super) fn has_quantiles(&self) -> bool {
+        self.outside() > 0
+    }
+
     /// The next one is smaller than the first of these, or larger than the second, with a chance of [`TAIL`] each,
     /// whatever its distribution, if it is of a piece with those here (split conformal prediction: the r-th smallest of
     /// n has a part of `r / (n + 1)` below it). A window that is too short for that has the bounds of a normal
     /// distribution of its logarithms. `None` before it has [`FEW`].
     pub(super) fn edges(&self) -> Option<[f64; 2]> {
-        let n = self.sorted.len();
-        let outside = ((n as f64 + 1.0) * TAIL) as usize;
+        let (n, outside) = (self.sorted.len(), self.outside());
         if outside > 0 {
             // the outside-th from each end
             let [low, high] = [self.sorted[outside - 1], self.sorted[n - outside]];
