@@ -163,7 +163,6 @@ proptest! {
         kill in proptest::option::of(0u64..1_500_000), drain in proptest::option::of(0u64..1_500_000),
         mode in 0usize..7, pads in any::<bool>(),
     ) {
-        eprintln!("CASE mode {mode} pads {pads} slice {slice:?} blocks {blocks} small {small} max_rows {max_rows} delay {delay} kill {kill:?} drain {drain:?} rows {}", rows.len());
         // the seventh: rows stay, on workers that pad
         let mode = MODES.get(mode).map_or(Mode::Slice, |mode| Mode::Pooled(*mode));
         let pads = pads || mode == Mode::Slice;
@@ -191,6 +190,21 @@ proptest! {
             let most = if id.0 == 2 { small } else { blocks };
             prop_assert!(load.peak <= most, "{id}: {} of {most}", load.peak);
         }
+        check_drained(&sim, &out);
+    }
+}
+
+/// Ten thousand waiting rows cost a round what they must and a batch's end no more.
+#[test]
+fn a_long_queue_is_served_to_its_end() {
+    for mode in [Pooled::sls(), Pooled::scls()] {
+        let mut sim = Simulation::new(model(), config(Mode::Pooled(mode), None), Micros(500));
+        (0..4).for_each(|_| sim.join(Micros(0), padded(4096, 64), Timing::default()));
+        for i in 0..9_999u64 {
+            sim.arrive(Micros(10_000 + i), request(i, prompt(i as u32 % 7, 30), 8 + i % 40));
+        }
+        let out = sim.run(FOREVER).clone();
+        assert_eq!(out.ended(FinishReason::Length), 9_999, "{}", mode.name);
         check_drained(&sim, &out);
     }
 }
