@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo help up test test-versions lint bench bench-core bench-peers proto clean soak build readme-figures setup rust-test py-test
+.PHONY: demo help up test test-versions lint bench bench-core bench-peers proto clean soak ablation build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -73,6 +73,7 @@ soak: ## the long forms of the tests: the full exactness product, many kills, fu
 	@tools/setup.sh test
 	@$(MAKE) --no-print-directory build
 	@SCLS_SOAK=1 SCLS_FUZZ=100 cargo test --quiet -p router-server --test fuzz_http --test fuzz_grpc
+	@SCLS_SOAK=1 cargo test --quiet -p router-sim --test events
 	@SCLS_SOAK=1 $(PY) -m pytest -m soak -o timeout=7200
 
 proto: ## Python stubs from proto/ (Rust makes its own in the build)
@@ -91,6 +92,9 @@ bench-core: ## text to decision for a later turn of a long conversation, with it
 bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)
 	@tools/setup.sh run
 	@bench/peers/dynamo_python/run.sh $(ARGS)
+
+ablation: ## the steps from sequence level to slices, at saturation in virtual time (some minutes)
+	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/ablation.json cargo run --quiet --release -p router-sim --example ablation -- $(ARGS)
 
 clean: ## removes target/ and .venv
 	@cargo clean --quiet
