@@ -111,7 +111,7 @@ impl Case {
             (Micros(random.below(500_000)), WorkerId(count as u32 - 1))
         });
         let span = pick(random, &[1, 50_000, 400_000]);
-        let arrivals = (0..1 + random.below(30))
+        let arrivals = (0..=random.below(30))
             .map(|_| {
                 let at = EARLIEST + Micros(random.below(span));
                 arrival(random, at)

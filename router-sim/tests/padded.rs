@@ -65,9 +65,11 @@ impl Bench {
     }
 
     fn reports(&self) -> Vec<&SliceReport> {
-        let report =
-            |message| if let &WorkerMessage::SliceReported(ref report) = message { Some(report) } else { None };
-        self.out.iter().filter_map(report).collect()
+        let reports = self.out.iter().filter_map(|message| match message {
+            WorkerMessage::SliceReported(report) => Some(report),
+            _ => None,
+        });
+        reports.collect()
     }
 
     fn refusals(&self) -> Vec<(u64, Refusal)> {
@@ -213,7 +215,7 @@ fn the_ceiling_holds_and_is_exact_without_early_ends() {
     let mut random = Random::new(11);
     for _ in 0..3_000 {
         let rows: Vec<RowStart> =
-            (0..1 + random.below(6)).map(|i| row(i, 1 + random.below(90) as usize, 1 + random.below(60))).collect();
+            (0..=random.below(6)).map(|i| row(i, 1 + random.below(90) as usize, 1 + random.below(60))).collect();
         let steps = 1 + random.below(70) as u32;
         let ends = random.chance(0.7);
         let terms = rows.iter().filter(|_| ends).map(|start| {
