@@ -193,3 +193,18 @@ proptest! {
         check_drained(&sim, &out);
     }
 }
+
+/// Ten thousand waiting rows cost a round what they must and a batch's end no more.
+#[test]
+fn a_long_queue_is_served_to_its_end() {
+    for mode in [Pooled::sls(), Pooled::scls()] {
+        let mut sim = Simulation::new(model(), config(Mode::Pooled(mode), None), Micros(500));
+        (0..4).for_each(|_| sim.join(Micros(0), padded(4096, 64), Timing::default()));
+        for i in 0..9_999u64 {
+            sim.arrive(Micros(10_000 + i), request(i, prompt(i as u32 % 7, 30), 8 + i % 40));
+        }
+        let out = sim.run(FOREVER).clone();
+        assert_eq!(out.ended(FinishReason::Length), 9_999, "{}", mode.name);
+        check_drained(&sim, &out);
+    }
+}

@@ -96,9 +96,14 @@ impl Scheduler {
         if workers && !self.is_due(now, pooled.interval, actions) {
             return;
         }
-        let mut waiting = std::mem::take(&mut self.pool);
-        waiting.retain(|id| self.rows.contains_key(id));
-        waiting.sort_by_key(|id| self.rows[id].order);
+        // oldest first; those that ended are gone
+        let here = self.pool.drain(..).filter_map(|id| Some((self.rows.get(&id)?.order, id)));
+        let mut ordered: Vec<(u64, RowId)> = here.collect();
+        ordered.sort_unstable();
+        let mut waiting: Vec<RowId> = ordered.into_iter().map(|(_, id)| id).collect();
+        if let (Interval::AtOnce, Batching::Fcfs(n)) = (pooled.interval, pooled.batching) {
+            waiting = self.first(n as usize, waiting);
+        }
         if workers && !waiting.is_empty() {
             self.rounds.last = Some(now);
         }
@@ -108,6 +113,24 @@ impl Scheduler {
         for id in waiting {
             self.keep_in_pool(now, id, actions);
         }
+    }
+
+    /// Of rows in order those that workers with nothing to run can take, and those that no worker can; the others stay
+    /// in the pool. Batches in order need no more, and a long queue is not cut anew for each.
+    fn first(&mut self, rows: usize, waiting: Vec<RowId>) -> Vec<RowId> {
+        let synced = || self.workers.values().filter(|worker| worker.synced);
+        let free = || synced().filter(|worker| worker.queue.is_empty());
+        let most = |worker: &Worker| worker.spec.most_tokens();
+        let (most_free, most_any) = (free().map(most).max(), synced().map(most).max());
+        let mut places = free().count() * rows;
+        let (taken, rest) = waiting.into_iter().partition(|id| {
+            let total = self.rows.get(id).map(Row::total);
+            let takes = places > 0 && total <= most_free;
+            places -= usize::from(takes);
+            takes || total > most_any
+        });
+        self.pool = rest;
+        taken
     }
 
     /// Whether it is time for a round; if not, and it is known when, a wake-up is asked for.
