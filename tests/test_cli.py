@@ -31,7 +31,7 @@ def run(door: list[str], *args: str, **env: str) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "router.toml"
-    path.write_text('port = 8080\nslice-len = 16\nmodel = "m"\nfleet_key = "env:THE_KEY"\n')
+    path.write_text('port = 8080\nscheduler = "scls"\nslice-len = 16\nmodel = "m"\nfleet_key = "env:THE_KEY"\n')
     return path
 
 
@@ -105,6 +105,34 @@ def test_a_wrong_setting_is_said_before_anything_listens(tmp_path: Path) -> None
     for command in (["config", "check"], ["config", "show"], ["serve", "--worker-urls", "grpc://127.0.0.1:1"]):
         done = run([ROUTER], *command, "--config", str(path), SCLS_ROUTER_SEED="x")
         assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_slice_length_is_for_the_papers_scheduler_alone(tmp_path: Path) -> None:
+    path = tmp_path / "router.toml"
+    path.write_text("slice_len = 8\n")
+    serve = ["serve", "--worker-urls", "grpc://127.0.0.1:1"]
+    up = ["up", "--model", str(MODEL)]
+    hint = "scheduler scls alone has a slice length that can be set\n"
+    for command in (["config", "check"], serve, up):
+        for flags, env, at_fault in [
+            (["--slice-len", "8"], {}, "slice_len (flag --slice-len) does not go with scheduler slice (default)"),
+            (
+                ["--scheduler", "ils"],
+                {"SCLS_ROUTER_SLICE_LEN": "8"},
+                "slice_len (env SCLS_ROUTER_SLICE_LEN) does not go with scheduler ils (flag --scheduler)",
+            ),
+            (
+                ["--config", str(path)],
+                {"SCLS_ROUTER_SCHEDULER": "sls"},
+                f"slice_len ({path}: slice_len) does not go with scheduler sls (env SCLS_ROUTER_SCHEDULER)",
+            ),
+        ]:
+            done = run([ROUTER], *command, *flags, **env)
+            assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {at_fault}\n{hint}"), command
+    for flags in (["--scheduler", "scls", "--slice-len", "8"], ["--scheduler", "scls", "--config", str(path)]):
+        assert run([ROUTER], "config", "check", *flags).returncode == 0
+    for flags in (["--slice-len", "0"], ["--scheduler", "scls", "--slice-len", "4294967296"], ["--scheduler", "lb"]):
+        assert run([ROUTER], "config", "check", *flags).returncode == 2
 
 
 def test_check_says_what_is_missing(file: Path) -> None:

@@ -39,8 +39,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         worker: Any = Worker("--model", str(MODEL), "--dtype", "float32", "--served-name", "tiny")
     else:
         worker = RustMock("--vocab", str(VOCAB), "--served-name", "tiny", "--tokenizer", str(MODEL))
-    # A short slice, so that everything crosses borders of slices.
-    with worker, Router([worker.url], "--slice-len", "5") as router:
+    # A slice of one iteration, so that everything crosses borders of slices.
+    with worker, Router([worker.url], "--scheduler", "ils") as router:
         yield Server(router, request.param)
         router.wait_drained()
 

@@ -49,13 +49,13 @@ pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
             print(&format!("{said}\n"))
         }),
         Command::Serve { workers, serve } => {
-            serve.check().map_err(Failure::Usage)?;
+            serve.check(&settings).map_err(Failure::Usage)?;
             start_log(&serve.log_level, serve.log_json, &warnings)?;
             let urls = workers.worker_urls.into_iter().flat_map(|urls| urls.0).collect();
             on_runtime(async { Ok(serve_urls(&serve, urls).await?) })
         }
         Command::Up { up, serve } => {
-            serve.check().and_then(|()| check_model(&up.model)).map_err(Failure::Usage)?;
+            serve.check(&settings).and_then(|()| check_model(&up.model)).map_err(Failure::Usage)?;
             start_log(&serve.log_level, serve.log_json, &warnings)?;
             let python = up.python.clone().or(python).unwrap_or_else(|| "python3".into());
             on_runtime(async { Ok(serve_up(&serve, &up, &python).await?) })
@@ -72,7 +72,7 @@ fn configure(command: &ConfigCommand, settings: &[Setting]) -> Result<(), Failur
     match command {
         ConfigCommand::Show { origin, .. } => print(&config::show(settings, *origin)),
         ConfigCommand::Check { all } => {
-            all.serve.check().map_err(Failure::Usage)?;
+            all.serve.check(&settings).map_err(Failure::Usage)?;
             api_keys(&all.serve).map_err(Failure::Usage)?;
             let state = |command: &str| match config::missing(command, settings) {
                 missing if missing.is_empty() => format!("{command}: complete\n"),
