@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 
 use crate::convert;
 use crate::error::Error;
+use crate::eta::Eta;
 use crate::fields::MOST_CHOICES;
 use crate::generation::{End, Finish, Generation, Job, Piece, traceparent};
 use crate::http::App;
@@ -67,6 +68,7 @@ impl Service {
             limits: request.limits.unwrap_or_default(),
             stop: request.stop,
             turn: None,
+            urgent: request.urgent,
             traceparent,
         };
         pool.submit(job, meter.arrived)
@@ -83,7 +85,7 @@ async fn ids_of(pool: &Pool, prompt: Option<proto::Prompt>) -> Result<Vec<u32>, 
     }
 }
 
-fn response(request_id: &str, piece: Piece) -> GenerateResponse {
+fn response(request_id: &str, piece: Piece, eta: Option<Eta>) -> GenerateResponse {
     let finish = match piece.finish {
         None => FinishReason::Unspecified,
         Some(Finish::Stop) => FinishReason::Stop,
@@ -98,7 +100,7 @@ fn response(request_id: &str, piece: Piece) -> GenerateResponse {
         finish: finish.into(),
         usage: piece.end.map(|end| usage(&end)),
         logprobs: piece.tokens.iter().filter_map(|token| token.logprobs.as_ref()).map(convert::logprobs).collect(),
-        eta: None,
+        eta: eta.map(Into::into),
     }
 }
 
@@ -136,6 +138,7 @@ impl router_server::Router for Service {
             Status::from(error)
         })?;
         let pieces = async_stream::stream! {
+            let mut is_first = true;
             loop {
                 match generation.next().await {
                     Ok(piece) => {
@@ -143,7 +146,8 @@ impl router_server::Router for Service {
                         if ended {
                             meter.ended(StatusCode::OK);
                         }
-                        yield Ok(response(&id, piece));
+                        let eta = if std::mem::take(&mut is_first) { generation.eta() } else { None };
+                        yield Ok(response(&id, piece, eta));
                         if ended {
                             break;
                         }

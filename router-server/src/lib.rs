@@ -23,6 +23,7 @@ pub mod convert;
 mod deadline;
 pub mod dispatch;
 pub mod error;
+pub mod eta;
 mod fields;
 pub mod fleet;
 pub mod generation;

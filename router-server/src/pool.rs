@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use crate::conversation::{Conversations, Turn};
 use crate::convert::RowExtras;
-use crate::dispatch::{self, Arrival, COMMANDS, Command, Decided, PoolState, ROW_UPDATES, UPDATES};
+use crate::dispatch::{self, Arrival, Batch, COMMANDS, Command, Decided, PoolState, ROW_UPDATES, UPDATES};
 use crate::error::Error;
 use crate::generation::{Generation, Job, Start};
 use crate::metrics::Metrics;
@@ -241,7 +241,7 @@ impl Pool {
                 root: self.root,
                 choices: job.n,
                 max_tokens: Tokens(job.limits.max_tokens.into()),
-                urgent: false,
+                urgent: job.urgent,
             },
             extras: RowExtras {
                 sampling: job.sampling.clone(),
@@ -322,6 +322,15 @@ impl Pool {
     pub async fn decisions(&self, wanted: Option<DecisionId>) -> Vec<Decided> {
         let (sender, answer) = oneshot::channel();
         if self.commands.send(Command::Decisions(wanted, sender)).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
+    }
+
+    /// The latest batches, oldest first.
+    pub async fn batches(&self) -> Vec<Batch> {
+        let (sender, answer) = oneshot::channel();
+        if self.commands.send(Command::Batches(sender)).await.is_err() {
             return Vec::new();
         }
         answer.await.unwrap_or_default()

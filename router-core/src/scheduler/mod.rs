@@ -155,7 +155,7 @@ impl Scheduler {
     }
 
     /// The latest batches, oldest first.
-    pub fn batches(&self) -> impl Iterator<Item = &BatchRecord> {
+    pub fn batches(&self) -> impl DoubleEndedIterator<Item = &BatchRecord> {
         self.batches.iter()
     }
 
