@@ -27,9 +27,11 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::link::MOST_MESSAGE;
+use crate::proto::cost_model::Form;
 use crate::proto::worker_server::{Worker, WorkerServer};
 use crate::proto::{
-    CostShape, FileChunk, GetInfoRequest, GetTokenizerRequest, RouterMessage, WorkerInfo, WorkerMessage,
+    CostModel, CostShape, FileChunk, GetInfoRequest, GetTokenizerRequest, PagedCostModel, RouterMessage, WorkerInfo,
+    WorkerMessage,
 };
 use crate::random::random;
 use engine::Input;
@@ -83,6 +85,9 @@ pub struct MockArgs {
     /// Duration of an iteration in microseconds.
     #[arg(long, default_value_t = 0)]
     pub step_us: u64,
+    /// More for every row that decodes in it, in microseconds.
+    #[arg(long, default_value_t = 0)]
+    pub row_us: u64,
     /// More for every prefilled token, in microseconds.
     #[arg(long, default_value_t = 0.0)]
     pub prefill_us_per_token: f64,
@@ -109,14 +114,8 @@ pub async fn serve(args: &MockArgs, listener: TcpListener, shutdown: impl Future
     let files = read_files(args.tokenizer.as_deref())?;
     let info = announcement(args, &files);
     let spec = crate::convert::worker_spec(&info).map_err(|error| error.to_string())?;
-    let timing = Timing {
-        step: Micros(args.step_us),
-        per_row: Micros::ZERO,
-        prefill_token_nanos: (args.prefill_us_per_token.max(0.0) * 1000.0) as u64,
-        chunk_tokens: args.chunk_tokens,
-    };
     let (engine, inputs) = mpsc::channel(1024);
-    let running = tokio::spawn(engine::run(SliceWorker::new(spec, timing), info.clone(), inputs));
+    let running = tokio::spawn(engine::run(SliceWorker::new(spec, timing(args)), info.clone(), inputs));
     let delay = Duration::from_millis(args.link_delay_ms);
     let service =
         Service { info, files: Arc::new(files), engine: engine.clone(), delay, sessions: Arc::new(AtomicU64::new(0)) };
@@ -175,6 +174,27 @@ fn digest(files: &Files) -> String {
     hex::encode(sha.finalize())
 }
 
+fn timing(args: &MockArgs) -> Timing {
+    Timing {
+        step: Micros(args.step_us),
+        per_row: Micros(args.row_us),
+        prefill_token_nanos: (args.prefill_us_per_token.max(0.0) * 1000.0) as u64,
+        chunk_tokens: args.chunk_tokens,
+    }
+}
+
+/// Exact, as its times are.
+fn cost_model(timing: &Timing) -> CostModel {
+    let seconds = |micros: Micros| micros.0 as f64 / 1e6;
+    let paged = PagedCostModel {
+        step_constant_s: seconds(timing.step),
+        step_per_row_s: seconds(timing.per_row),
+        prefill_per_token_s: timing.prefill_token_nanos as f64 / 1e9,
+        ..PagedCostModel::default()
+    };
+    CostModel { form: Some(Form::Paged(paged)), r2: 1.0, ..CostModel::default() }
+}
+
 fn announcement(args: &MockArgs, files: &Files) -> WorkerInfo {
     // Names of processes, not secrets; 0 is no epoch.
     let epoch = (random() >> 1).max(1);
@@ -193,6 +213,7 @@ fn announcement(args: &MockArgs, files: &Files) -> WorkerInfo {
         blocks: args.blocks.unwrap_or(contexts),
         max_rows: args.max_rows,
         cost_shape: CostShape::Paged.into(),
+        cost_model: Some(cost_model(&timing(args))),
         tokenizer_digest: digest(files),
         chunk_tokens: args.chunk_tokens,
         device: "none".into(),
