@@ -7,11 +7,12 @@ pub(crate) const LEAST_SLICE: u32 = 16;
 pub(crate) const MOST_SLICE: u32 = 128;
 /// S is this part of the mean output.
 pub(crate) const SLICES_AN_OUTPUT: f64 = 8.0;
-/// Rows that end before the mean output is believed; until then S is [`FIRST_SLICE`].
+/// S before the first answer has ended.
 pub(crate) const FIRST_SLICE: u32 = 32;
-/// Past finished rows the mean output remembers, and arrivals their rate: long enough to be steady, short enough to follow
-/// an hour's change of load.
+/// Answers the mean output remembers: long enough to be steady, short enough to follow the hour.
 pub(crate) const MEMORY: f64 = 256.0;
+/// Arrivals and slice starts that their mean remembers: the cut rule has to follow a burst within a few of them.
+pub(crate) const JOINS: f64 = 16.0;
 
 /// Iterations of a batch by which its residuals are kept apart: pooled over all, long slices were covered only in 72 to
 /// 97 % of cases, because the noise of few iterations is not that of many (simulation study).

@@ -25,7 +25,7 @@ pub enum Event {
         /// The epoch that is lost; an older one than the present changes nothing.
         epoch: Epoch,
     },
-    /// No new rows for this worker; the started ones finish there.
+    /// No new rows for this worker; its rows go elsewhere, the running ones at the end of their slice.
     WorkerDraining {
         /// The worker.
         worker: WorkerId,

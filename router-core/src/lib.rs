@@ -6,11 +6,13 @@
 mod block;
 mod constants;
 mod cost;
+mod cut;
 mod decision;
 mod event;
 mod ids;
 mod index;
 mod mode;
+mod output;
 mod plan;
 mod policy;
 mod pool;

@@ -5,98 +5,130 @@
 
 use hashbrown::HashMap;
 
+use crate::cost::BatchLoad;
 use crate::event::{Keep, Plan, RowStart};
 use crate::ids::{RowId, RowKey};
-use crate::row::Row;
-use crate::units::{Blocks, Tokens};
-use crate::worker::{Batch, Member, Worker};
+use crate::row::{Row, Stage};
+use crate::units::{BlockSize, Blocks, Tokens};
+use crate::worker::{Batch, Worker};
 
 /// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
 const MOST_TOLD: Tokens = Tokens(2 << 20);
 
 /// Blocks a row can need in a slice of `steps` iterations that it enters with at most `tokens` tokens of the `total`
 /// it may reach. The last token drawn is not computed before the next step, so its KV needs no place yet.
-pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: crate::units::BlockSize) -> Blocks {
+pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: BlockSize) -> Blocks {
     (tokens + steps).min(total).saturating_sub(Tokens(1)).blocks(size)
+}
+
+/// Who runs next, before it is a plan.
+#[derive(Default)]
+struct Packed {
+    /// With the most tokens each can have at the start.
+    members: Vec<(RowKey, Tokens)>,
+    leave: Vec<RowKey>,
+    ceiling: Blocks,
+    /// A row that has its KV here found no place for it.
+    evicts: bool,
 }
 
 /// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan.
 pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u32) -> Option<(Batch, Plan)> {
-    let steps = Tokens(u64::from(slice_len));
-    let size = worker.spec.model.block_size;
-    let most = worker.cap.unwrap_or(usize::MAX).min(worker.spec.max_rows as usize);
-
-    // Rows of the running batch that are still here: once they are seen and the batch is full, the rest only waits.
-    let mut unseen = worker.running.as_ref().map_or(0, |batch| {
-        let here = |m: &&Member| rows.get(&m.key.row).is_some_and(|row| row.attempt == m.key.attempt);
-        batch.members.iter().filter(here).count()
-    });
-    let running: HashMap<RowKey, Tokens> =
-        worker.running.iter().flat_map(|batch| &batch.members).map(|member| (member.key, member.tokens)).collect();
-    let mut members = Vec::new();
-    let mut message_full = false;
-    let mut used = Blocks::ZERO;
-    let mut told = Tokens::ZERO;
-    let mut full = false;
-    let mut leave = Vec::new();
-    for row in worker.rows.values().filter_map(|id| rows.get(id)) {
-        if full && unseen == 0 {
-            break;
-        }
-        let base_tokens = running.get(&row.key()).copied();
-        unseen -= usize::from(base_tokens.is_some());
-        let tokens = base_tokens.map_or_else(|| row.tokens(), |tokens| (tokens + steps).min(row.total()));
-        // Past its prefill and at its limit by the end of this slice: no place is kept for it. Should the slice end
-        // early after all, it is held and planned again.
-        let prefilled = row.home().is_some_and(|home| home.prefill == Tokens::ZERO);
-        let ends = base_tokens.is_some() && prefilled && tokens == row.total();
-        let need = used + ceiling(tokens, steps, row.total(), size);
-        let known = row.home().is_some_and(|home| home.known);
-        let tell = if known { Tokens::ZERO } else { row.tokens() };
-        // Rows the worker knows cost a message nothing, so only further newcomers wait for the next plan.
-        message_full |= told > Tokens::ZERO && told + tell > MOST_TOLD;
-        if message_full && !known {
-            continue;
-        }
-        // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
-        full |= !ends && (members.len() == most || need > worker.spec.blocks);
-        if ends || full {
-            leave.extend(base_tokens.map(|_| row.key()));
-            continue;
-        }
-        used = need;
-        told += tell;
-        members.push(Member { key: row.key(), tokens });
+    let mut steps = slice_len;
+    let mut packed = pack(worker, rows, steps);
+    // S is the memory horizon: it is shortened before anybody loses KV
+    while packed.evicts && steps > 1 {
+        steps /= 2;
+        packed = pack(worker, rows, steps);
     }
-
-    let base = worker.running.as_ref().map_or(worker.last_ended, |batch| batch.no);
+    if packed.evicts {
+        // somebody does, whatever S is
+        steps = slice_len;
+        packed = pack(worker, rows, steps);
+    }
+    let Packed { members, leave, ceiling, .. } = packed;
+    let base = worker.base();
     if members.is_empty() {
         // Nothing to run next. A plan that stands would run rows that are gone or moved: their Drop emptied it.
         return None;
     }
     if let Some(standing) = worker.sent.last() {
         // rows that ended since need no new plan: they are no survivors
-        let alive = |m: &&Member| rows.get(&m.key.row).is_some_and(|row| row.attempt == m.key.attempt);
-        let same = standing.members.iter().filter(alive).map(|m| m.key).eq(members.iter().map(|m| m.key));
-        if same && standing.base == base {
+        let alive = |key: &&RowKey| rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt);
+        let same = standing.members.iter().filter(alive).eq(members.iter().map(|(key, _)| key));
+        if same && standing.base == base && standing.steps == steps {
             return None;
         }
     }
 
-    let row = |member: &Member| &rows[&member.key.row];
-    let known = |member: &&Member| row(member).home().is_some_and(|home| home.known);
-    let add: Vec<RowStart> = members.iter().filter(|m| !known(m)).map(|m| start(row(m))).collect();
-    let kept: Vec<_> = members.iter().filter(known).map(|m| m.key).collect();
-    let survivors = worker.running.is_some() && kept.iter().all(|key| running.contains_key(key));
+    let row = |key: &RowKey| &rows[&key.row];
+    let known = |key: &RowKey| row(key).home().is_some_and(|home| home.known);
+    let keys: Vec<RowKey> = members.iter().map(|(key, _)| *key).collect();
+    let mut load = BatchLoad { rows: members.len() as u64, ..BatchLoad::default() };
+    for (key, tokens) in &members {
+        load.context += *tokens;
+        load.longest = load.longest.max(*tokens);
+        load.uncached += row(key).home().map_or(Tokens::ZERO, |home| home.prefill);
+    }
+    let expected = worker.estimator.time(worker.estimator.model().slice(&load, steps.into()));
+    let add: Vec<RowStart> = keys.iter().filter(|key| !known(key)).map(|key| start(row(key), worker)).collect();
+    let kept: Vec<RowKey> = keys.iter().filter(|key| known(key)).copied().collect();
+    let survivors = worker.running.is_some() && kept.iter().all(|key| row(key).runs());
     let keep = if survivors { Keep::Survivors } else { Keep::List(kept) };
-    let ranks = leave.iter().map(|key| (*key, rows[&key.row].hold_rank())).collect();
-    let no = worker.next_plan();
+    let ranks = leave.iter().map(|key| (*key, row(key).hold_rank())).collect();
     let added = add.iter().map(|start| start.key).collect();
-    let plan = Plan { no, base, keep, leave, add, steps: slice_len, ceiling: used, ranks };
-    Some((Batch { no, base, members, added, ceiling: used }, plan))
+    let joining = keys.iter().filter(|key| !row(key).runs()).copied().collect();
+    let no = worker.next_plan();
+    let plan = Plan { no, base, keep, leave, add, steps, ceiling, ranks };
+    Some((Batch { no, base, steps, members: keys, joining, added, ceiling, expected }, plan))
 }
 
-fn start(row: &Row) -> RowStart {
+fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
+    let steps = Tokens(u64::from(steps));
+    let base_steps = Tokens(worker.running.as_ref().map_or(0, |running| u64::from(running.batch.steps)));
+    let size = worker.spec.model.block_size;
+    let most = worker.cap.unwrap_or(usize::MAX).min(worker.spec.max_rows as usize);
+    // Rows of the running batch that are still here: once they are seen and the batch is full, the rest only waits.
+    let mut unseen = worker.running.as_ref().map_or(0, |running| running.live);
+    let mut packed = Packed::default();
+    let mut told = Tokens::ZERO;
+    let (mut full, mut message_full) = (false, false);
+    for row in worker.rows.values().filter_map(|id| rows.get(id)) {
+        if full && unseen == 0 {
+            break;
+        }
+        let Some(home) = row.home() else { continue };
+        let from = match home.stage {
+            Stage::Running { from } => Some(from),
+            Stage::Waiting | Stage::Planned => None,
+        };
+        unseen = unseen.saturating_sub(usize::from(from.is_some()));
+        let tokens = from.map_or_else(|| row.tokens(), |from| (from + base_steps).min(row.total()));
+        // Past its prefill and at its limit by the end of the base: no place is kept for it. Should the base end
+        // early after all, it is held and planned again.
+        let ends = from.is_some() && home.prefill == Tokens::ZERO && tokens == row.total();
+        let need = packed.ceiling + ceiling(tokens, steps, row.total(), size);
+        let tell = if home.known { Tokens::ZERO } else { row.tokens() };
+        // Rows the worker knows cost a message nothing, so only further newcomers wait for the next plan.
+        message_full |= told > Tokens::ZERO && told + tell > MOST_TOLD;
+        if message_full && !home.known {
+            continue;
+        }
+        // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
+        full |= !ends && (packed.members.len() == most || need > worker.spec.blocks);
+        if ends || full {
+            packed.evicts |= full && home.known && packed.members.len() < most && home.prefill < row.tokens();
+            packed.leave.extend(from.map(|_| row.key()));
+            continue;
+        }
+        packed.ceiling = need;
+        told += tell;
+        packed.members.push((row.key(), tokens));
+    }
+    packed
+}
+
+fn start(row: &Row, worker: &Worker) -> RowStart {
     RowStart {
         key: row.key(),
         slice_no: row.slices,
@@ -105,6 +137,27 @@ fn start(row: &Row) -> RowStart {
         output: row.output.clone(),
         max_tokens: row.max_tokens,
         hold_rank: row.hold_rank(),
-        prefill_budget: Tokens::ZERO,
+        prefill_budget: row.home().map_or(Tokens::ZERO, |home| budget(worker, row.tokens(), home.prefill)),
     }
+}
+
+/// Most prefill tokens an iteration takes of a row beside others that decode. A prompt that one chunk computes goes in
+/// one piece. A longer one takes as long as the step it rides in, so that the others' time between tokens at most
+/// doubles; zero stands for no limit but the chunk.
+fn budget(worker: &Worker, tokens: Tokens, prefill: Tokens) -> Tokens {
+    let chunk = worker.spec.chunk;
+    if prefill <= chunk || chunk == Tokens::ZERO {
+        return Tokens::ZERO;
+    }
+    let size = worker.spec.model.block_size.get();
+    // the last chunk attends most
+    let of = |count: u64| worker.estimator.time(worker.estimator.model().prefill(Tokens(count), tokens));
+    let rows = worker.batch_size().saturating_sub(1).max(1);
+    let step = worker.step(rows, worker.context.saturating_sub(tokens));
+    let (mut few, mut many) = (1, chunk.0.div_ceil(size).max(1));
+    while few < many {
+        let middle = (few + many).div_ceil(2);
+        if of(middle * size) <= step { few = middle } else { many = middle - 1 }
+    }
+    Tokens(few * size).min(chunk)
 }

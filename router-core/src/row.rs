@@ -17,6 +17,10 @@ pub(crate) struct Row {
     pub(crate) chain: Arc<[BlockHash]>,
     pub(crate) output: Vec<u32>,
     pub(crate) max_tokens: Tokens,
+    /// A running slice is cut for it.
+    pub(crate) urgent: bool,
+    /// Output tokens it had when a move was last weighed.
+    pub(crate) weighed: usize,
     pub(crate) place: Place,
     /// Prompt tokens the first dispatch that drew a token found cached.
     pub(crate) cached: Option<Tokens>,
@@ -41,10 +45,24 @@ pub(crate) struct Home {
     pub(crate) known: bool,
     /// Its part of the worker's Q: tokens not prefilled yet.
     pub(crate) prefill: Tokens,
-    /// Its part of the worker's W.
+    /// What it adds to a slice there: its part of the worker's W while it waits.
     pub(crate) work: Micros,
+    pub(crate) stage: Stage,
+    /// See [`crate::RowStart::prefill_budget`]; as it was told.
+    pub(crate) budget: Tokens,
     /// Its prompt's blocks are committed in the index.
     pub(crate) committed: bool,
+}
+
+/// How far a row is on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// In no plan.
+    Waiting,
+    /// In the plan sent last, and not running.
+    Planned,
+    /// In the running batch, which it entered with so many tokens.
+    Running { from: Tokens },
 }
 
 impl Row {
@@ -79,6 +97,10 @@ impl Row {
             Place::At(home) => Some(home),
             Place::Pool { .. } => None,
         }
+    }
+
+    pub(crate) fn runs(&self) -> bool {
+        self.home().is_some_and(|home| matches!(home.stage, Stage::Running { .. }))
     }
 
     pub(crate) fn is_at(&self, worker: WorkerId) -> bool {

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::block::BlockHash;
-use crate::cost::Estimator;
+use crate::cost::{Band, BatchLoad, Estimator, Forecast, Layout};
+use crate::cut::Joins;
 use crate::event::Refusal;
 use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
+use crate::record::BatchRecord;
+use crate::row::{Home, Stage};
 use crate::units::{Blocks, Micros, Tokens};
 
 pub(crate) struct Worker {
@@ -19,16 +22,20 @@ pub(crate) struct Worker {
     pub(crate) draining: bool,
     pub(crate) last_plan: PlanNo,
     pub(crate) last_ended: PlanNo,
-    pub(crate) running: Option<Batch>,
+    pub(crate) running: Option<Running>,
     /// Plans sent on the running batch, oldest first; the worker has, or will have, the newest.
     pub(crate) sent: Vec<Batch>,
     /// Rows assigned and not finished, oldest first: `b` is their number.
     pub(crate) rows: BTreeMap<u64, RowId>,
     /// Q.
     pub(crate) queued: Tokens,
-    /// W.
-    pub(crate) work: Micros,
+    /// Tokens of all its rows, prompt and output so far.
+    pub(crate) context: Tokens,
+    /// Rows that no plan has, and what they add to a slice.
+    pub(crate) waiting: usize,
+    pub(crate) unplanned: Micros,
     pub(crate) estimator: Estimator,
+    pub(crate) joins: Joins,
     /// Set after a refusal for memory or rows: the next batches take at most this many, until one runs.
     pub(crate) cap: Option<usize>,
     /// Commits of rows that ended inside the running batch; its report has the deltas that replace them.
@@ -39,21 +46,33 @@ pub(crate) struct Worker {
     pub(crate) dirty: bool,
 }
 
-/// A batch that runs, or that a sent plan forms.
+/// A batch that a sent plan forms.
 pub(crate) struct Batch {
     pub(crate) no: PlanNo,
     pub(crate) base: PlanNo,
-    pub(crate) members: Vec<Member>,
+    pub(crate) steps: u32,
+    pub(crate) members: Vec<RowKey>,
+    /// Members that do not run in the base: what a cut of it would let in.
+    pub(crate) joining: Vec<RowKey>,
     /// Members the plan told the worker of.
     pub(crate) added: Vec<RowKey>,
     pub(crate) ceiling: Blocks,
+    /// Its time if all steps run.
+    pub(crate) expected: Micros,
 }
 
-#[derive(Clone, Copy)]
-pub(crate) struct Member {
-    pub(crate) key: RowKey,
-    /// Most tokens (prompt and output) it can have when the batch starts; exact once it runs.
-    pub(crate) tokens: Tokens,
+/// The batch that runs.
+pub(crate) struct Running {
+    pub(crate) batch: Batch,
+    /// Members that have not ended.
+    pub(crate) live: usize,
+    pub(crate) forecast: Forecast,
+    pub(crate) record: BatchRecord,
+    /// Iterations it will have run when it ends, as far as is known: fewer than its steps once it was cut.
+    pub(crate) ends_after: u32,
+    /// Iterations seen.
+    pub(crate) seen: u32,
+    pub(crate) cut: bool,
 }
 
 impl Worker {
@@ -70,7 +89,10 @@ impl Worker {
             sent: Vec::new(),
             rows: BTreeMap::new(),
             queued: Tokens::ZERO,
-            work: Micros::ZERO,
+            context: Tokens::ZERO,
+            waiting: 0,
+            unplanned: Micros::ZERO,
+            joins: Joins::default(),
             cap: None,
             unconfirmed: Vec::new(),
             fruitless: 0,
@@ -78,15 +100,22 @@ impl Worker {
         }
     }
 
-    /// Time of one row's next slice: its prefill and what it adds to the steps.
-    pub(crate) fn work_of(&self, tokens: Tokens, prefill: Tokens, steps: Tokens) -> Micros {
-        let model = self.estimator.model();
-        let before = tokens.saturating_sub(prefill);
-        self.estimator.time(model.prefill(prefill, before) + model.marginal(tokens, steps.0))
-    }
-
     pub(crate) fn ready(&self) -> bool {
         self.synced && !self.draining
+    }
+
+    /// b.
+    pub(crate) fn batch_size(&self) -> u64 {
+        self.rows.len() as u64
+    }
+
+    pub(crate) fn runs(&self, plan: PlanNo) -> bool {
+        self.running.as_ref().is_some_and(|running| running.batch.no == plan)
+    }
+
+    /// The batch a new plan follows.
+    pub(crate) fn base(&self) -> PlanNo {
+        self.running.as_ref().map_or(self.last_ended, |running| running.batch.no)
     }
 
     pub(crate) fn next_plan(&mut self) -> PlanNo {
@@ -94,23 +123,119 @@ impl Worker {
         self.last_plan
     }
 
-    /// The batch that a refused plan would have formed, and with it the plans that can start no more.
-    pub(crate) fn take_refused(&mut self, plan: PlanNo, reason: Refusal) -> Option<Batch> {
-        if self.running.as_ref().is_some_and(|batch| batch.no == plan) {
-            self.sent.retain(|batch| batch.base != plan);
-            return self.running.take();
+    // ---------------------------------------------------------------- time
+
+    /// W: until the last committed plan ends, and what rows add that no plan has yet.
+    pub(crate) fn work(&self, now: Micros) -> Micros {
+        if self.rows.is_empty() {
+            // what runs has nobody left to run for
+            return Micros::ZERO;
         }
-        let at = self.sent.iter().position(|batch| batch.no == plan)?;
-        match reason {
-            // refused as it came: what stood before still stands
-            Refusal::Stale | Refusal::Unsupported => Some(self.sent.remove(at)),
-            // refused at its start: it had replaced all before it
-            Refusal::NoMemory | Refusal::TooManyRows | Refusal::UnknownRow => self.sent.drain(..=at).next_back(),
+        let running = self.running.as_ref().map_or(Micros::ZERO, |running| {
+            let whole = self.estimator.expected(&running.forecast, running.ends_after);
+            whole.saturating_sub(now.saturating_sub(running.record.at))
+        });
+        running + self.sent.last().map_or(Micros::ZERO, |batch| batch.expected) + self.unplanned
+    }
+
+    /// What a row adds to a slice of so many steps: its prefill and its share of each step.
+    pub(crate) fn work_of(&self, tokens: Tokens, prefill: Tokens, steps: Tokens) -> Micros {
+        let model = self.estimator.model();
+        let before = tokens.saturating_sub(prefill);
+        self.estimator.time(model.prefill(prefill, before) + model.marginal(tokens, steps.0))
+    }
+
+    /// A slice with all rows that are here and one more, queued prefill included.
+    pub(crate) fn joined(&self, tokens: Tokens, new: Tokens, steps: u32) -> Micros {
+        let load = BatchLoad {
+            rows: self.batch_size() + 1,
+            longest: tokens,
+            context: self.context + tokens,
+            uncached: self.queued + new,
+        };
+        self.estimator.time(self.estimator.model().slice(&load, steps.into()))
+    }
+
+    /// One decode step of so many rows that see so many tokens.
+    pub(crate) fn step(&self, rows: u64, context: Tokens) -> Micros {
+        let load = BatchLoad { rows, longest: Tokens(context.0 / rows.max(1)), context, uncached: Tokens::ZERO };
+        let model = self.estimator.model();
+        // a padded batch's first iteration is its prompt pass
+        self.estimator.time(model.slice(&load, 2) - model.slice(&load, 1))
+    }
+
+    /// How long an answer takes from now: alone and at once with one token, and behind all that is here with all of
+    /// `left`.
+    pub(crate) fn eta(&self, now: Micros, tokens: Tokens, new: Tokens, left: Tokens) -> Band {
+        let model = self.estimator.model();
+        let lo = self.estimator.time(model.prefill(new, tokens.saturating_sub(new)));
+        let rows = self.batch_size();
+        let mean = Tokens(tokens.0 + left.0 / 2);
+        let step = self.step(rows.max(1), self.context + mean);
+        let prefill = self.estimator.time(model.prefill(self.queued, Tokens::ZERO));
+        let hi = lo + self.work(now) + prefill + Micros(step.0.saturating_mul(left.0));
+        Band { lo: lo.min(hi), hi }
+    }
+
+    /// What a slice start costs each running row beyond what is measured: where KV does not outlive a batch, its prompt
+    /// pass.
+    pub(crate) fn restart_cost(&self, rows: u64) -> Micros {
+        match self.spec.layout {
+            Layout::Paged => Micros::ZERO,
+            Layout::Padded => {
+                let longest = Tokens(self.context.0 / self.batch_size().max(1));
+                let load = BatchLoad { rows, longest, context: self.context, uncached: self.context };
+                self.estimator.time(self.estimator.model().slice(&load, 1))
+            }
         }
     }
 
-    pub(crate) fn runs(&self, key: RowKey) -> Option<&Member> {
-        self.running.as_ref()?.members.iter().find(|member| member.key == key)
+    // ---------------------------------------------------------------- the ledger of rows
+
+    /// The row's stage on this worker changes: W counts what waits, a batch what still runs.
+    pub(crate) fn restage(&mut self, home: &mut Home, stage: Stage) {
+        match home.stage {
+            Stage::Waiting => {
+                self.waiting -= 1;
+                self.unplanned = self.unplanned.saturating_sub(home.work);
+            }
+            Stage::Running { .. } => {
+                if let Some(running) = &mut self.running {
+                    running.live = running.live.saturating_sub(1);
+                }
+            }
+            Stage::Planned => {}
+        }
+        match stage {
+            Stage::Waiting => {
+                self.waiting += 1;
+                self.unplanned += home.work;
+            }
+            Stage::Running { .. } => {
+                if let Some(running) = &mut self.running {
+                    running.live += 1;
+                }
+            }
+            Stage::Planned => {}
+        }
+        home.stage = stage;
+    }
+
+    // ---------------------------------------------------------------- plans
+
+    /// The batch that a refused plan would have formed, and with it the plans that can start no more.
+    pub(crate) fn take_refused(&mut self, plan: PlanNo, reason: Refusal) -> Vec<Batch> {
+        if self.runs(plan) {
+            self.sent.retain(|batch| batch.base != plan);
+            return self.running.take().into_iter().map(|running| running.batch).collect();
+        }
+        let Some(at) = self.sent.iter().position(|batch| batch.no == plan) else { return Vec::new() };
+        match reason {
+            // refused as it came: what stood before still stands
+            Refusal::Stale | Refusal::Unsupported => vec![self.sent.remove(at)],
+            // refused at its start: it had replaced all before it
+            Refusal::NoMemory | Refusal::TooManyRows | Refusal::UnknownRow => self.sent.drain(..=at).collect(),
+        }
     }
 }
 
@@ -127,7 +252,7 @@ pub struct WorkerLoad {
     pub queued: Tokens,
     /// b: rows assigned and not finished.
     pub batch_size: u64,
-    /// W: committed work.
+    /// W: until the last committed plan ends, and what is not planned yet.
     pub work: Micros,
     /// Rows of the running batch.
     pub running_rows: u64,

@@ -1,10 +1,13 @@
 //! The scheduler of one model pool: a state machine that is told what happened and when, and says what to do.
 //!
 //! Events change rows, workers and the index; then rows without a home are placed (longest work first, each choice
-//! committed at once); then every worker whose next batch changed gets a plan. It knows no clock, socket or text.
+//! committed at once); then every worker whose next batch changed gets a plan, and where joining is worth a slice start the
+//! running slice is cut. It knows no clock, socket or text.
 
+mod moves;
 mod placement;
 mod requests;
+mod slices;
 mod workers;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -12,22 +15,23 @@ use std::collections::{BTreeMap, VecDeque};
 use hashbrown::HashMap;
 
 use crate::block::{BlockHash, hash_blocks};
-use crate::constants::FIRST_SLICE;
+use crate::cost::Estimator;
 use crate::decision::{Decision, Decisions};
 use crate::event::{Action, Event};
-use crate::ids::{RequestId, RowId, WorkerId};
+use crate::ids::{RequestId, RowId, RowKey, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
 use crate::mode::Mode;
+use crate::output::MeanOutput;
 use crate::plan;
 use crate::policy::{Policy, PolicyName};
 use crate::pool::ModelSpec;
 use crate::record::BatchRecord;
-use crate::row::Row;
+use crate::row::{Home, Row, Stage};
 use crate::units::{Blocks, Bytes, Micros, Tokens};
-use crate::worker::{Worker, WorkerLoad};
+use crate::worker::{Batch, Worker, WorkerLoad};
 
-/// Decisions kept for listings.
-const DECISIONS: usize = 1024;
+/// Decisions and batches kept for listings.
+const LATEST: usize = 1024;
 
 /// Fixed for the life of a scheduler.
 #[derive(Clone, Debug)]
@@ -42,6 +46,25 @@ pub struct Config {
     pub seed: u64,
     /// Most rows unfinished at once; more are rejected.
     pub max_rows: usize,
+}
+
+/// Rows that moved to another worker although theirs was there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// Their worker drains.
+    pub drained: u64,
+    /// They had lost their KV for want of memory.
+    pub evicted: u64,
+    /// The request-seconds of both ends said so.
+    pub weighed: u64,
+    /// They had not started, and another worker had less to do.
+    pub balanced: u64,
+}
+
+/// The home of this dispatch of a row, if it is this worker.
+fn here(rows: &mut HashMap<RowId, Row>, key: RowKey, at: WorkerId) -> Option<&mut Home> {
+    let row = rows.get_mut(&key.row).filter(|row| row.attempt == key.attempt)?;
+    row.home_mut().filter(|home| home.worker == at)
 }
 
 /// Rows of a request: as it came, and not ended.
@@ -65,8 +88,18 @@ pub struct Scheduler {
     place_pool: bool,
     arrivals: u64,
     turn: u64,
+    /// Of the last event: time never runs backwards in here.
+    now: Micros,
+    jumps: u64,
     decisions: Decisions,
+    /// Those that ended.
     batches: VecDeque<BatchRecord>,
+    mean_output: MeanOutput,
+    moves: Moves,
+    /// Workers of which something changed: their plans and cuts are looked at.
+    touched: Vec<WorkerId>,
+    /// A slice ended: a worker may take what waits elsewhere.
+    slice_ended: bool,
     depths: Vec<usize>,
     scores: Vec<u128>,
 }
@@ -86,8 +119,14 @@ impl Scheduler {
             place_pool: false,
             arrivals: 0,
             turn: 0,
-            decisions: Decisions::new(DECISIONS),
+            now: Micros::ZERO,
+            jumps: 0,
+            decisions: Decisions::new(LATEST),
             batches: VecDeque::new(),
+            mean_output: MeanOutput::default(),
+            moves: Moves::default(),
+            touched: Vec::new(),
+            slice_ended: false,
             depths: Vec::new(),
             scores: Vec::new(),
         }
@@ -100,14 +139,28 @@ impl Scheduler {
 
     /// Takes events that came together: rows are placed and plans made once, after the last.
     pub fn handle_many(&mut self, now: Micros, events: impl IntoIterator<Item = Event>, actions: &mut Vec<Action>) {
+        // a clock that jumps back stands still until it is where it was
+        self.jumps += u64::from(now < self.now);
+        self.now = self.now.max(now);
+        let now = self.now;
         for event in events {
-            self.take(event, actions);
+            self.take(now, event, actions);
         }
         self.place(now, actions);
-        self.plan(actions);
+        self.balance(now, actions);
+        self.touched.sort_unstable();
+        self.touched.dedup();
+        let touched = std::mem::take(&mut self.touched);
+        for &worker in &touched {
+            self.plan(now, worker, actions);
+            self.consider_cut(now, worker, actions);
+        }
+        // planning touches again: nothing is left to do for those
+        self.touched = touched;
+        self.touched.clear();
     }
 
-    fn take(&mut self, event: Event, actions: &mut Vec<Action>) {
+    fn take(&mut self, now: Micros, event: Event, actions: &mut Vec<Action>) {
         match event {
             Event::WorkerJoined { worker, spec } => self.joined(worker, spec, actions),
             Event::WorkerLost { worker, epoch } => {
@@ -117,46 +170,88 @@ impl Scheduler {
             }
             Event::WorkerDraining { worker } => self.drain(worker, actions),
             Event::Worker { worker, epoch, seq, message } => {
-                self.message(worker, epoch, seq, message, actions);
+                self.touched.push(worker);
+                self.message(now, worker, epoch, seq, message, actions);
             }
-            Event::RequestArrived(request) => self.arrived(&request, actions),
+            Event::RequestArrived(request) => self.arrived(now, &request, actions),
             Event::Cancelled { request, choice } => self.cancelled(request, choice, actions),
-            Event::Tick => self.place_pool = true,
+            Event::Tick => {
+                self.place_pool = true;
+                self.touched.extend(self.workers.iter().filter(|(_, w)| !w.sent.is_empty()).map(|(id, _)| *id));
+            }
         }
     }
 
-    fn plan(&mut self, actions: &mut Vec<Action>) {
-        let dirty: Vec<WorkerId> =
-            self.workers.iter_mut().filter_map(|(id, w)| std::mem::take(&mut w.dirty).then_some(*id)).collect();
+    fn plan(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
         let slice_len = self.slice_len();
-        for id in dirty {
-            let Some(worker) = self.workers.get_mut(&id) else { continue };
-            let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) else { continue };
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if !std::mem::take(&mut worker.dirty) {
+            return;
+        }
+        let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) else { return };
+        for start in &plan.add {
+            if let Some(home) = here(&mut self.rows, start.key, id) {
+                home.budget = start.prefill_budget;
+            }
+        }
+        actions.push(Action::Plan(id, plan));
+        if worker.running.is_some() {
+            return self.sent(id, batch);
+        }
+        // nothing runs: it starts on arrival
+        self.started(now, id, batch, None, actions);
+        // and the plan after it stands from the start, so that the worker never waits for a report
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        worker.dirty = false;
+        if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) {
             actions.push(Action::Plan(id, plan));
-            if worker.running.is_some() {
-                worker.sent.push(batch);
-            } else {
-                // nothing runs: it starts on arrival
-                self.started(id, batch, actions);
-                // and the plan after it stands from the start, so that the worker never waits for a report
-                let worker = self.workers.get_mut(&id).expect("it was there");
-                worker.dirty = false;
-                if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) {
-                    actions.push(Action::Plan(id, plan));
-                    worker.sent.push(batch);
+            self.sent(id, batch);
+        }
+    }
+
+    /// The plan stands: its rows wait no longer, those of the plan it replaces wait again.
+    fn sent(&mut self, id: WorkerId, batch: Batch) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let replaced = worker.sent.last().map_or(&[][..], |standing| &standing.joining).to_vec();
+        for (keys, stage) in [(&replaced, Stage::Waiting), (&batch.joining, Stage::Planned)] {
+            for key in keys {
+                let Some(home) = here(&mut self.rows, *key, id) else { continue };
+                if !matches!(home.stage, Stage::Running { .. }) {
+                    worker.restage(home, stage);
                 }
             }
         }
+        worker.sent.push(batch);
     }
 
     /// S: most iterations of the next slice.
     pub fn slice_len(&self) -> u32 {
-        self.config.slice_len.unwrap_or(FIRST_SLICE)
+        match (self.config.slice_len, self.config.mode) {
+            (Some(fixed), _) => fixed,
+            (None, Mode::Ils) => 1,
+            (None, _) => self.mean_output.slice_len(),
+        }
     }
 
-    /// The latest batches, oldest first.
+    /// The latest batches: those that ended, oldest first, then those that run.
     pub fn batches(&self) -> impl DoubleEndedIterator<Item = &BatchRecord> {
-        self.batches.iter()
+        let running = self.workers.values().filter_map(|worker| worker.running.as_ref());
+        self.batches.iter().chain(running.map(|running| &running.record))
+    }
+
+    /// What a worker's reports have taught of its time.
+    pub fn estimator(&self, worker: WorkerId) -> Option<&Estimator> {
+        self.workers.get(&worker).map(|worker| &worker.estimator)
+    }
+
+    /// Events that came with a time before that of the one before them.
+    pub fn clock_jumps(&self) -> u64 {
+        self.jumps
+    }
+
+    /// Rows that moved for another reason than a lost worker.
+    pub fn moves(&self) -> Moves {
+        self.moves
     }
 
     /// Where a prompt would go now, and why. Commits nothing.
@@ -171,7 +266,7 @@ impl Scheduler {
         self.decisions.iter()
     }
 
-    /// Every worker as the scheduler sees it, in order of slot.
+    /// Every worker as the scheduler sees it at the last event, in order of slot.
     pub fn loads(&self) -> Vec<WorkerLoad> {
         self.workers.iter().map(|(&id, worker)| self.load(id, worker)).collect()
     }
@@ -179,22 +274,19 @@ impl Scheduler {
     fn load(&self, id: WorkerId, worker: &Worker) -> WorkerLoad {
         let size = self.model.block_size;
         let held = || {
-            worker
-                .rows
-                .values()
-                .filter_map(|row| self.rows.get(row))
-                .filter(|row| row.home().is_some_and(|home| home.known) && worker.runs(row.key()).is_none())
+            let rows = worker.rows.values().filter_map(|row| self.rows.get(row));
+            rows.filter(|row| row.home().is_some_and(|home| home.known) && !row.runs())
         };
         WorkerLoad {
             worker: id,
             spec: worker.spec.clone(),
             ready: worker.ready(),
             queued: worker.queued,
-            batch_size: worker.rows.len() as u64,
-            work: worker.work,
-            running_rows: worker.running.as_ref().map_or(0, |batch| batch.members.len() as u64),
+            batch_size: worker.batch_size(),
+            work: worker.work(self.now),
+            running_rows: worker.running.as_ref().map_or(0, |running| running.live as u64),
             held_rows: held().count() as u64,
-            running_blocks: worker.running.as_ref().map_or(Blocks::ZERO, |batch| batch.ceiling),
+            running_blocks: worker.running.as_ref().map_or(Blocks::ZERO, |running| running.batch.ceiling),
             held_blocks: held().map(|row| row.tokens().blocks(size)).sum(),
             indexed: self.index.blocks(id),
         }

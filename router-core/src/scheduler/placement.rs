@@ -2,13 +2,12 @@
 
 use super::Scheduler;
 use crate::block::{BlockHash, new_tokens};
-use crate::cost::Band;
 use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
 use crate::index::PrefixIndex;
 use crate::policy::{Candidate, View, choose};
-use crate::row::{Home, Place, Row};
+use crate::row::{Home, Place, Row, Stage};
 use crate::units::{Blocks, Micros, Tokens};
 
 /// How long a row that lost its worker waits for another before it ends with an error.
@@ -42,8 +41,7 @@ impl Scheduler {
         let Some(chosen) = decision.chosen().copied() else { return false };
         self.turn += 1;
         self.decisions.push(decision);
-        self.settle(id, chosen.worker, chosen.new_tokens);
-        actions.push(Action::Placed(id, chosen.worker, Band::default()));
+        self.settle(now, id, chosen.worker, chosen.new_tokens, actions);
         true
     }
 
@@ -68,19 +66,21 @@ impl Scheduler {
         chain: &[BlockHash],
     ) -> Option<Decision> {
         self.index.matched(chain, &mut self.depths);
-        let size = self.model.block_size;
+        let (size, slice_len) = (self.model.block_size, self.slice_len());
+        let depth = |worker: WorkerId| self.depths.get(worker.0 as usize).copied().unwrap_or(0);
+        let new_of = |worker| new_tokens(tokens, depth(worker), size);
         let candidates: Vec<Candidate> = self
             .workers
             .iter()
             .filter(|(_, w)| w.ready() && total <= w.spec.most_tokens())
             .map(|(&worker, w)| Candidate {
                 worker,
-                new_tokens: new_tokens(tokens, self.depths.get(worker.0 as usize).copied().unwrap_or(0), size),
+                new_tokens: new_of(worker),
                 queued: w.queued,
-                batch_size: w.rows.len() as u64,
-                work: w.work,
-                joined: Micros::ZERO,
-                free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |b| b.ceiling)),
+                batch_size: w.batch_size(),
+ work: w.work(now),
+                joined: w.joined(tokens, new_of(worker), slice_len),
+                free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |r| r.batch.ceiling)),
             })
             .collect();
         let view = View { candidates: &candidates, turn: self.turn };
@@ -100,30 +100,42 @@ impl Scheduler {
     }
 
     /// Commits a choice: Q, b, W and the prompt's blocks move now, not when the worker says so.
-    pub(super) fn settle(&mut self, id: RowId, at: WorkerId, prefill: Tokens) {
+    pub(super) fn settle(&mut self, now: Micros, id: RowId, at: WorkerId, prefill: Tokens, actions: &mut Vec<Action>) {
         let slice_len = self.slice_len();
         let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
+        let eta = worker.eta(now, row.tokens(), prefill, row.total().saturating_sub(row.tokens()));
         let work = worker.work_of(row.tokens(), prefill, row.slice(slice_len));
-        row.place = Place::At(Home { worker: at, known: false, prefill, work, committed: true });
+        row.place = Place::At(Home { worker: at, known: false, prefill, work, stage: Stage::Waiting, budget: Tokens::ZERO, committed: true });
         row.last_worker = Some(at);
+        row.weighed = row.output.len();
         worker.queued += prefill;
-        worker.work += work;
+        worker.context += row.tokens();
+        worker.waiting += 1;
+        worker.unplanned += work;
         worker.rows.insert(row.order, id);
+        worker.joins.placed(now);
         worker.dirty = true;
+        self.touched.push(at);
         self.index.commit(at, &row.chain);
+        actions.push(Action::Placed(id, at, eta));
     }
 
     /// Takes back exactly what was committed for the row, and the row from its worker.
     pub(super) fn leave_home(&mut self, id: RowId) {
         let Some(row) = self.rows.get_mut(&id) else { return };
-        let Place::At(home) = std::mem::replace(&mut row.place, Place::Pool { until: None }) else { return };
+        let tokens = row.tokens();
+        let Place::At(mut home) = std::mem::replace(&mut row.place, Place::Pool { until: None }) else { return };
         let Some(worker) = self.workers.get_mut(&home.worker) else { return };
+        let ran = matches!(home.stage, Stage::Running { .. });
+        worker.restage(&mut home, Stage::Planned);
         worker.rows.remove(&row.order);
         worker.queued = worker.queued.saturating_sub(home.prefill);
-        worker.work = worker.work.saturating_sub(home.work);
-        worker.dirty = true;
+        worker.context = worker.context.saturating_sub(tokens);
+        // a batch that only shrinks needs no new plan, unless somebody waits for the place
+        worker.dirty |= worker.waiting > 0 || worker.sent.is_empty();
+        self.touched.push(home.worker);
         if home.committed {
-            if worker.runs(row.key()).is_some() {
+            if ran {
                 // the worker has computed these blocks, or is about to: its deltas come before its report
                 worker.unconfirmed.push(row.chain.clone());
             } else {

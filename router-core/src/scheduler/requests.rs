@@ -10,8 +10,8 @@ use crate::row::{Place, Row};
 use crate::units::{Micros, Tokens};
 
 impl Scheduler {
-    pub(super) fn arrived(&mut self, request: &NewRequest, actions: &mut Vec<Action>) {
-        if let Err(rejection) = self.admit(request) {
+    pub(super) fn arrived(&mut self, now: Micros, request: &NewRequest, actions: &mut Vec<Action>) {
+        if let Err(rejection) = self.admit(now, request) {
             actions.push(Action::Reject(request.id, rejection));
             return;
         }
@@ -29,6 +29,8 @@ impl Scheduler {
                 chain: chain.clone(),
                 output: Vec::new(),
                 max_tokens: request.max_tokens,
+                urgent: request.urgent,
+                weighed: 0,
                 place: Place::Pool { until: None },
                 cached: None,
                 slices: 0,
@@ -41,7 +43,7 @@ impl Scheduler {
         self.place_pool = true;
     }
 
-    pub(super) fn admit(&self, request: &NewRequest) -> Result<(), Rejection> {
+    pub(super) fn admit(&self, now: Micros, request: &NewRequest) -> Result<(), Rejection> {
         if request.prompt.is_empty() || request.choices == 0 || request.max_tokens == Tokens::ZERO {
             return Err(Rejection::Empty);
         }
@@ -52,7 +54,7 @@ impl Scheduler {
             return Err(Rejection::NeverFits { needed, most });
         }
         if self.rows.len() + request.choices as usize > self.config.max_rows {
-            let retry_after = ready().map(|w| w.work).min().unwrap_or(Micros::ZERO);
+            let retry_after = ready().map(|w| w.work(now)).min().unwrap_or(Micros::ZERO);
             return Err(Rejection::Overloaded { retry_after });
         }
         Ok(())
@@ -89,6 +91,9 @@ impl Scheduler {
             if choices.live == 0 {
                 self.requests.remove(&id.request);
             }
+        }
+        if matches!(reason, FinishReason::Stop | FinishReason::Length) {
+            self.mean_output.observe(row.output.len());
         }
         let end = RowEnd {
             reason,

@@ -1,11 +1,14 @@
 //! Workers come, drain and go, and what they say: blocks, tokens, reports, refusals. None of it is believed unchecked.
 
-use super::Scheduler;
+use super::{Scheduler, here};
+use crate::cost::Layout;
 use crate::event::{Action, FinishReason, Refusal, RowReport, RowTokens, SliceReport, WorkerMessage};
 use crate::ids::{Epoch, PlanNo, RowId, RowKey, WorkerId};
 use crate::index::PrefixIndex;
+use crate::mode::Mode;
 use crate::pool::WorkerSpec;
-use crate::units::Tokens;
+use crate::row::{Row, Stage};
+use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Worker};
 
 /// A worker that is given work this often and does none of it, or refuses it, is not asked again.
@@ -24,7 +27,7 @@ impl Scheduler {
         let rows: Vec<(RowId, bool)> = worker
             .rows
             .values()
-            .map(|row| (*row, self.rows.get(row).is_some_and(|r| worker.runs(r.key()).is_some())))
+            .map(|row| (*row, self.rows.get(row).is_some_and(Row::runs)))
             .collect();
         for (row_id, ran) in rows {
             self.lose(row_id, ran, "its worker was lost", actions);
@@ -33,7 +36,7 @@ impl Scheduler {
         self.index.remove_worker(id);
     }
 
-    /// Rows the worker does not know go elsewhere, where there is an elsewhere; the others finish here.
+    /// Rows that do not run go elsewhere, where there is an elsewhere; the others follow at the end of their slice.
     pub(super) fn drain(&mut self, id: WorkerId, actions: &mut Vec<Action>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.draining = true;
@@ -41,7 +44,7 @@ impl Scheduler {
         let rows: Vec<RowId> = self.workers[&id].rows.values().copied().collect();
         for row_id in rows {
             let Some(row) = self.rows.get(&row_id) else { continue };
-            if row.home().is_some_and(|home| !home.known) && most.is_some_and(|most| row.total() <= most) {
+            if !row.runs() && most.is_some_and(|most| row.total() <= most) {
                 // a plan in flight may name it: were it not dropped, it would run there too
                 self.drop_at_worker(row_id, actions);
                 self.send_back(row_id);
@@ -51,6 +54,7 @@ impl Scheduler {
 
     pub(super) fn message(
         &mut self,
+        now: Micros,
         id: WorkerId,
         epoch: Epoch,
         seq: u64,
@@ -88,14 +92,17 @@ impl Scheduler {
                 }
                 self.check_stored(id, actions);
             }
-            WorkerMessage::Steps { batch: _, rows } => {
+            WorkerMessage::Steps { batch, rows } => {
+                if let Some(running) = worker.running.as_mut().filter(|running| running.batch.no == batch) {
+                    running.seen += 1;
+                }
                 for row in rows {
-                    self.drew(id, &row, actions);
+                    self.drew(id, row, actions);
                 }
             }
-            WorkerMessage::SliceReported(report) => self.reported(id, &report, actions),
+            WorkerMessage::SliceReported(report) => self.reported(now, id, &report, actions),
             WorkerMessage::Refused { plan, reason, rows, detail } => {
-                self.refused(id, plan, reason, &rows, &detail, actions);
+                self.refused(now, id, plan, reason, &rows, &detail, actions);
             }
             WorkerMessage::Heartbeat => {}
         }
@@ -112,7 +119,7 @@ impl Scheduler {
     }
 
     /// Tokens of a row: each index goes to the client once, in order, whatever arrives.
-    pub(super) fn drew(&mut self, at: WorkerId, drawn: &RowTokens, actions: &mut Vec<Action>) {
+    pub(super) fn drew(&mut self, at: WorkerId, drawn: RowTokens, actions: &mut Vec<Action>) {
         let id = drawn.key.row;
         let Some(row) = self.rows.get_mut(&id) else { return };
         if row.attempt != drawn.key.attempt || !row.is_at(at) {
@@ -124,23 +131,25 @@ impl Scheduler {
             actions.push(Action::Drop(at, vec![drawn.key]));
             return self.lose(id, true, "its tokens were lost", actions);
         };
-        let ids: Vec<u32> = drawn.ids.iter().skip(skip).copied().collect();
+        let RowTokens { mut ids, mut logprobs, finish, cached, key, .. } = drawn;
+        ids.drain(..skip.min(ids.len()));
         // they are beside the ids, if they are there at all
-        let logprobs = drawn.logprobs.iter().skip(skip).cloned().collect();
+        logprobs.drain(..skip.min(logprobs.len()));
         let (ids_len, row_limit) = (ids.len(), row.max_tokens.0 as usize);
         if have + ids_len > row_limit || ids.iter().any(|id| *id >= self.model.vocab) {
-            let why = format!("it sent a token past the limit or outside the vocabulary for {}", drawn.key);
+            let why = format!("it sent a token past the limit or outside the vocabulary for {key}");
             actions.push(Action::Quarantine(at, why));
             return;
         }
         let prompt = Tokens(row.prompt.len() as u64);
-        row.cached = row.cached.or(drawn.cached.map(|cached| cached.min(prompt)));
+        row.cached = row.cached.or(cached.map(|cached| cached.min(prompt)));
         if !ids.is_empty() {
             row.output.extend_from_slice(&ids);
             if let Some(home) = row.home_mut() {
                 let prefill = std::mem::replace(&mut home.prefill, Tokens::ZERO);
                 if let Some(worker) = self.workers.get_mut(&at) {
                     worker.fruitless = 0;
+                    worker.context += Tokens(ids.len() as u64);
                     worker.queued = worker.queued.saturating_sub(prefill);
                 }
             }
@@ -148,23 +157,22 @@ impl Scheduler {
         }
         // at its limit it has ended, whether the worker says so or not
         let at_limit = have + ids_len == row_limit;
-        if let Some(reason) = drawn.finish.or(at_limit.then_some(FinishReason::Length)) {
+        if let Some(reason) = finish.or(at_limit.then_some(FinishReason::Length)) {
             let error = (reason == FinishReason::Error).then(|| "the worker failed to run it".to_owned());
             self.finish(id, reason, error, actions);
         }
     }
 
-    pub(super) fn reported(&mut self, id: WorkerId, report: &SliceReport, actions: &mut Vec<Action>) {
+    pub(super) fn reported(&mut self, now: Micros, id: WorkerId, report: &SliceReport, actions: &mut Vec<Action>) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let running = worker.running.take();
-        if running.as_ref().map(|batch| batch.no) != Some(report.batch) {
+        let Some(running) = worker.running.take_if(|running| running.batch.no == report.batch) else {
             let why = format!("it reported batch {}, which does not run", report.batch);
             actions.push(Action::Quarantine(id, why));
             return;
-        }
+        };
         let idled = report.rows.iter().all(|row| row.computed == Tokens::ZERO);
-        let waiting = running.iter().flat_map(|batch| &batch.members).any(|member| {
-            self.rows.get(&member.key.row).is_some_and(|row| row.attempt == member.key.attempt && row.is_at(id))
+        let waiting = running.batch.members.iter().any(|key| {
+            self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id))
         });
         worker.fruitless = if idled && waiting { worker.fruitless + 1 } else { 0 };
         if worker.fruitless > MOST_FRUITLESS {
@@ -177,8 +185,10 @@ impl Scheduler {
         for chain in std::mem::take(&mut worker.unconfirmed) {
             self.index.take_back(id, &chain);
         }
+        self.ended(id, running, report);
+        self.slice_ended = true;
         for row in &report.rows {
-            self.row_reported(id, row, actions);
+            self.row_reported(now, id, row, actions);
         }
         // The plan that starts now. Where the worker had none but one is on its way, that one starts on arrival;
         // of several the first does, and the worker answers STALE to the others.
@@ -195,12 +205,12 @@ impl Scheduler {
             return;
         }
         if let Some(batch) = starts {
-            self.started(id, batch, actions);
+            self.started(now, id, batch, Some(report.idle), actions);
         }
     }
 
     /// The finished slice's commit is taken back, the next one's made.
-    pub(super) fn row_reported(&mut self, at: WorkerId, report: &RowReport, actions: &mut Vec<Action>) {
+    pub(super) fn row_reported(&mut self, now: Micros, at: WorkerId, report: &RowReport, actions: &mut Vec<Action>) {
         let slice_len = self.slice_len();
         let Some(row) = self.rows.get_mut(&report.key.row) else { return };
         if row.attempt != report.key.attempt || !row.is_at(at) {
@@ -215,51 +225,40 @@ impl Scheduler {
             // the step that said so was lost, and perhaps tokens with it: they are drawn again
             Some(_) => return self.lose(report.key.row, true, "its last tokens were lost", actions),
         }
+        let id = report.key.row;
+        let evicted = !report.held && row.cached.is_some();
         let prefilled = report.held && report.prefill_left == Tokens::ZERO;
-        let prefill = if report.held { report.prefill_left } else { row.tokens() };
+        let prefill = if report.held { report.prefill_left.min(row.tokens()) } else { row.tokens() };
         let steps = row.slice(slice_len);
         let (tokens, chain) = (row.tokens(), row.chain.clone());
         let (Some(home), Some(worker)) = (row.home_mut(), self.workers.get_mut(&at)) else { return };
         let work = worker.work_of(tokens, prefill, steps);
         worker.queued = worker.queued.saturating_sub(home.prefill) + prefill;
-        worker.work = worker.work.saturating_sub(home.work) + work;
+        let stage = home.stage;
+        worker.restage(home, Stage::Planned);
         home.prefill = prefill;
         home.work = work;
+        worker.restage(home, stage);
         if prefilled && std::mem::replace(&mut home.committed, false) {
             self.index.take_back(at, &chain);
         }
-    }
-
-    /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped.
-    pub(super) fn started(&mut self, id: WorkerId, mut batch: Batch, actions: &mut Vec<Action>) {
-        let mut gone = Vec::new();
-        batch.members.retain_mut(|member| {
-            match self.rows.get_mut(&member.key.row) {
-                Some(row) if row.attempt == member.key.attempt && row.is_at(id) => {
-                    member.tokens = row.tokens();
-                    row.slices += 1;
-                    if let Some(home) = row.home_mut() {
-                        home.known = true;
-                    }
-                    return true;
-                }
-                // finished rows are gone at the worker too; a row with a newer attempt lives elsewhere
-                Some(_) => gone.push(member.key),
-                None => {}
+        let (draining, paged) = (worker.draining, worker.spec.layout == Layout::Paged);
+        // without KV here it is at home nowhere
+        if draining || (evicted && paged && self.config.mode == Mode::Slice) {
+            if self.has_elsewhere(id, at) {
+                let count = if draining { &mut self.moves.drained } else { &mut self.moves.evicted };
+                *count += 1;
+                self.drop_at_worker(id, actions);
+                self.send_back(id);
             }
-            false
-        });
-        if !gone.is_empty() {
-            actions.push(Action::Drop(id, gone));
-        }
-        if let Some(worker) = self.workers.get_mut(&id) {
-            worker.running = Some(batch);
-            worker.dirty = true;
+        } else if prefilled {
+            self.weigh_move(now, id, at, actions);
         }
     }
 
     pub(super) fn refused(
         &mut self,
+        now: Micros,
         id: WorkerId,
         plan: PlanNo,
         reason: Refusal,
@@ -268,13 +267,21 @@ impl Scheduler {
         actions: &mut Vec<Action>,
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        let ran = worker.running.as_ref().is_some_and(|batch| batch.no == plan);
+        let ran = worker.runs(plan);
         if ran {
             for chain in std::mem::take(&mut worker.unconfirmed) {
                 self.index.take_back(id, &chain);
             }
         }
-        let Some(batch) = worker.take_refused(plan, reason) else { return };
+        let mut refused = worker.take_refused(plan, reason);
+        for key in refused.iter().flat_map(|batch| &batch.members) {
+            if let Some(home) = here(&mut self.rows, *key, id)
+                && (ran || home.stage == Stage::Planned)
+            {
+                worker.restage(home, Stage::Waiting);
+            }
+        }
+        let Some(batch) = refused.pop() else { return };
         worker.dirty = true;
         worker.fruitless += 1;
         if worker.fruitless > MOST_FRUITLESS {
@@ -282,14 +289,14 @@ impl Scheduler {
             actions.push(Action::Quarantine(id, why));
             return;
         }
-        let base = worker.running.as_ref().map_or(worker.last_ended, |running| running.no);
+        let base = worker.base();
         if reason == Refusal::Stale && (ran || batch.base == base) {
             // its report would have come first: the two views have parted
             actions
                 .push(Action::Quarantine(id, format!("plan {plan} is stale to it, though {} is its base", batch.base)));
             return;
         }
-        let kept: Vec<RowKey> = batch.members.iter().map(|member| member.key).collect();
+        let kept: Vec<RowKey> = batch.members.clone();
         let unknown: &[RowKey] = match (reason, rows) {
             (Refusal::UnknownRow, []) => &kept,
             (Refusal::UnknownRow, named) => named,
@@ -310,7 +317,7 @@ impl Scheduler {
             && let Some(at) = worker.sent.iter().position(|batch| batch.base == worker.last_ended)
         {
             let next = worker.sent.remove(at);
-            self.started(id, next, actions);
+            self.started(now, id, next, None, actions);
         }
     }
 
@@ -347,10 +354,10 @@ impl Scheduler {
                 }
             }
             Refusal::NoMemory | Refusal::TooManyRows => {
-                for member in &batch.members {
-                    self.drop_at_worker(member.key.row, actions);
+                for key in &batch.members {
+                    self.drop_at_worker(key.row, actions);
                     let why = format!("the worker refused it alone: {detail}");
-                    self.finish(member.key.row, FinishReason::Error, Some(why), actions);
+                    self.finish(key.row, FinishReason::Error, Some(why), actions);
                 }
             }
         }

@@ -1,0 +1,135 @@
+//! From batch to batch: what starts, what was foreseen of it, when it is cut, how it ended.
+
+use super::{LATEST, Scheduler, here};
+use crate::cost::RowLoad;
+use crate::cut::Verdict;
+use crate::event::{Action, FinishReason, SliceReport};
+use crate::ids::{RowKey, WorkerId};
+use crate::mode::Mode;
+use crate::record::{BatchOutcome, BatchRecord};
+use crate::row::Stage;
+use crate::units::{Micros, Tokens};
+use crate::worker::{Batch, Running};
+
+impl Scheduler {
+    /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped. `exposed` is how long the
+    /// worker had nothing to run before it, where it followed a batch.
+    pub(super) fn started(
+        &mut self,
+        now: Micros,
+        id: WorkerId,
+        batch: Batch,
+        exposed: Option<Micros>,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let (mut gone, mut loads, mut members) = (Vec::new(), Vec::new(), Vec::new());
+        let mut stage = Vec::new();
+        for key in &batch.members {
+            match self.rows.get_mut(&key.row) {
+                Some(row) if row.attempt == key.attempt && row.is_at(id) => {
+                    row.slices += 1;
+                    let (tokens, left) = (row.tokens(), row.total().saturating_sub(row.tokens()));
+                    let Some(home) = row.home_mut() else { continue };
+                    home.known = true;
+                    loads.push(RowLoad { tokens, uncomputed: home.prefill.max(Tokens(1)), left, budget: home.budget });
+                    stage.push((*key, tokens));
+                    members.push(*key);
+                }
+                // finished rows are gone at the worker too; a row with a newer attempt lives elsewhere
+                Some(_) => gone.push(*key),
+                None => {}
+            }
+        }
+        if !gone.is_empty() {
+            actions.push(Action::Drop(id, gone));
+        }
+        let forecast = worker.estimator.forecast(&loads, worker.spec.chunk, batch.steps);
+        let record = BatchRecord {
+            worker: id,
+            batch: batch.no,
+            at: now,
+            rows: members.len() as u64,
+            steps: batch.steps,
+            band: worker.estimator.band(&forecast, batch.steps),
+            ceiling: batch.ceiling,
+            outcome: None,
+        };
+        worker.joins.begin(now, exposed);
+        let ends_after = batch.steps;
+        let batch = Batch { members, ..batch };
+        worker.running = Some(Running { batch, live: 0, forecast, record, ends_after, seen: 0, cut: false });
+        worker.dirty = true;
+        for (key, from) in stage {
+            if let Some(home) = here(&mut self.rows, key, id) {
+                worker.restage(home, Stage::Running { from });
+            }
+        }
+        self.touched.push(id);
+    }
+
+    /// The batch is over: its rows wait, and what was foreseen is compared with what happened.
+    pub(super) fn ended(&mut self, id: WorkerId, running: Running, report: &SliceReport) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        for key in &running.batch.members {
+            if let Some(home) = here(&mut self.rows, *key, id)
+                && matches!(home.stage, Stage::Running { .. })
+            {
+                worker.restage(home, Stage::Waiting);
+            }
+        }
+        // whatever was sent on it and does not start is planned again
+        for key in worker.sent.iter().flat_map(|batch| batch.joining.clone()).collect::<Vec<_>>() {
+            if let Some(home) = here(&mut self.rows, key, id)
+                && home.stage == Stage::Planned
+            {
+                worker.restage(home, Stage::Waiting);
+            }
+        }
+        let time = report.prefill + report.decode;
+        if report.steps > 0 {
+            let band = worker.estimator.band(&running.forecast, report.steps);
+            worker.estimator.observe(&running.forecast, report.steps, time);
+            let emitted: Tokens = report.rows.iter().map(|row| row.emitted).sum();
+            let stopped = report.rows.iter().filter(|row| row.finish == Some(FinishReason::Stop)).count();
+            worker.estimator.observe_ends(emitted.0, stopped as u64);
+            let outcome = BatchOutcome { end: report.end, steps: report.steps, time, band, peak: report.peak };
+            if self.batches.len() == LATEST {
+                self.batches.pop_front();
+            }
+            self.batches.push_back(BatchRecord { outcome: Some(outcome), ..running.record });
+        }
+    }
+
+    /// Cuts the running slice where joining is worth more than one more start: see `cut.rs`.
+    pub(super) fn consider_cut(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
+        if self.config.mode != Mode::Slice {
+            return;
+        }
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(running) = worker.running.as_ref().filter(|running| !running.cut) else { return };
+        let Some(standing) = worker.sent.last().filter(|standing| standing.base == running.batch.no) else { return };
+        let alive = |key: &&RowKey| self.rows.get(&key.row).filter(|row| row.attempt == key.attempt);
+        let joining = standing.joining.iter().filter_map(|key| alive(&key));
+        let (n, urgent) = joining.fold((0, false), |(n, urgent), row| (n + 1, urgent || row.urgent));
+        let (no, live, seen, steps) = (running.batch.no, running.live as u64, running.seen, running.batch.steps);
+        // a worker that pads prefills the whole rectangle again
+        let more = worker.restart_cost(live);
+        let verdict = worker.joins.verdict(now, n, live, more);
+        // its last step ends it anyway
+        if n == 0 || seen + 1 >= steps {
+            return;
+        }
+        match verdict {
+            Verdict::GoOn if !urgent => {}
+            Verdict::AskAt(at) if !urgent => actions.push(Action::WakeAt(at)),
+            _ => {
+                actions.push(Action::Cut(id, no));
+                if let Some(running) = &mut worker.running {
+                    running.cut = true;
+                    running.ends_after = (seen + 1).min(running.ends_after);
+                }
+            }
+        }
+    }
+}
