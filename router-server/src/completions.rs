@@ -267,3 +267,17 @@ fn parts(answer: &Answer, piece: &Piece) -> Vec<Value> {
 fn event(value: &Value) -> Bytes {
     format!("data: {value}\n\n").into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_priority_tier_makes_an_urgent_job() {
+        for (tier, urgent) in [("default", false), ("priority", true)] {
+            let body = format!(r#"{{"model": "m", "prompt": [5], "service_tier": "{tier}"}}"#);
+            let params = Completion::parse(body.as_bytes()).expect("valid").params;
+            assert_eq!(job("m".into(), vec![5], &params, 1).urgent, urgent);
+        }
+    }
+}

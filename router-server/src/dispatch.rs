@@ -4,13 +4,13 @@
 //! core's. It never waits for a client or a worker: a full channel costs the one at its other end.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use router_core::{
-    Action, BatchRecord, BlockHash, Decision, DecisionId, Epoch, Event, Micros, NewRequest, PlanNo, RequestId, RowEnd,
-    RowId, RowKey, Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BatchRecord, BlockHash, Decision, DecisionId, Epoch, Event, Micros, Moves, NewRequest, PlanNo, RequestId,
+    RowEnd, RowId, RowKey, Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -166,7 +166,18 @@ pub struct PoolState {
     ready: AtomicUsize,
     members: AtomicUsize,
     most_tokens: AtomicU64,
-    slice_len: AtomicU32,
+    figures: Mutex<Figures>,
+}
+
+/// What the core counts of a pool as a whole.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Figures {
+    /// S: most iterations of the next slice.
+    pub slice_len: u32,
+    /// Rows that moved for another reason than a lost worker.
+    pub moves: Moves,
+    /// Events that came with a time before that of the one before them.
+    pub clock_jumps: u64,
 }
 
 impl PoolState {
@@ -180,9 +191,9 @@ impl PoolState {
         self.members.load(Ordering::Relaxed)
     }
 
-    /// S, the most iterations of the next slice, as it was when the loads were asked for last.
-    pub fn slice_len(&self) -> u32 {
-        self.slice_len.load(Ordering::Relaxed)
+    /// As they were when the loads were asked for last.
+    pub fn figures(&self) -> Figures {
+        *self.figures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Most tokens of prompt and output that some worker takes.
@@ -317,7 +328,11 @@ impl Dispatcher {
             Command::Loads(answer) => {
                 // The answer holds what was sent before the question.
                 self.flush();
-                self.state.slice_len.store(self.scheduler.slice_len(), Ordering::Relaxed);
+                *self.state.figures.lock().unwrap_or_else(PoisonError::into_inner) = Figures {
+                    slice_len: self.scheduler.slice_len(),
+                    moves: self.scheduler.moves(),
+                    clock_jumps: self.scheduler.clock_jumps(),
+                };
                 let _ = answer.send(self.scheduler.loads());
             }
             Command::Route { prompt, root, answer } => {

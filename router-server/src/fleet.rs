@@ -10,7 +10,7 @@ use router_core::{DecisionId, WorkerLoad};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::dispatch::{Batch, Command, Decided, Seat};
+use crate::dispatch::{Batch, Command, Decided, Figures, Seat};
 use crate::error::Error;
 use crate::link;
 use crate::metrics::Metrics;
@@ -269,10 +269,10 @@ impl Fleet {
         all
     }
 
-    /// One name of each pool and its slice length, as it was when the loads were asked for last.
-    pub fn slice_lens(&self) -> Vec<(String, u32)> {
+    /// One name of each pool and its figures, as they were when the loads were asked for last.
+    pub fn figures(&self) -> Vec<(String, Figures)> {
         let pools = self.each_pool().into_iter();
-        pools.map(|pool| (pool.names.first().cloned().unwrap_or_default(), pool.state.slice_len())).collect()
+        pools.map(|pool| (pool.names.first().cloned().unwrap_or_default(), pool.state.figures())).collect()
     }
 
     /// All links with what is known of their workers.

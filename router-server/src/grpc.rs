@@ -41,7 +41,7 @@ impl Service {
 
     async fn start(
         &self,
-        request: GenerateRequest,
+        mut request: GenerateRequest,
         traceparent: String,
         meter: &mut Meter,
     ) -> Result<Generation, Error> {
@@ -55,23 +55,25 @@ impl Service {
         if request.n > MOST_CHOICES {
             return Err(Error::invalid("n", format!("n must be from 1 to {MOST_CHOICES}: {}", request.n)));
         }
-        // Absent is greedy; what is there is checked with the rest of the job.
-        let sampling = request.sampling.unwrap_or_else(|| Sampling { seed: random(), ..Sampling::default() });
         check_stops(&request.stop)?;
-        let prompt = ids_of(&pool, request.prompt).await?;
-        let job = Job {
-            model: request.model,
-            prompt: prompt.into(),
-            n: request.n.max(1),
-            sampling,
-            // Absent is the rest of the context.
-            limits: request.limits.unwrap_or_default(),
-            stop: request.stop,
-            turn: None,
-            urgent: request.urgent,
-            traceparent,
-        };
-        pool.submit(job, meter.arrived)
+        let prompt = ids_of(&pool, request.prompt.take()).await?;
+        pool.submit(job(request, prompt, traceparent), meter.arrived)
+    }
+}
+
+fn job(request: GenerateRequest, prompt: Vec<u32>, traceparent: String) -> Job {
+    Job {
+        model: request.model,
+        prompt: prompt.into(),
+        n: request.n.max(1),
+        // Absent is greedy; what is there is checked with the rest of the job.
+        sampling: request.sampling.unwrap_or_else(|| Sampling { seed: random(), ..Sampling::default() }),
+        // Absent is the rest of the context.
+        limits: request.limits.unwrap_or_default(),
+        stop: request.stop,
+        turn: None,
+        urgent: request.urgent,
+        traceparent,
     }
 }
 
@@ -218,5 +220,18 @@ impl router_server::Router for Service {
         _: Request<proto::WatchDecisionsRequest>,
     ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
         Err(Status::unimplemented("not served by this build: WatchDecisions\nExplain gives the latest one by one"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_absent_field_is_the_default_and_urgency_is_kept() {
+        for urgent in [false, true] {
+            let job = job(GenerateRequest { urgent, ..GenerateRequest::default() }, vec![5], String::new());
+            assert_eq!((job.urgent, job.n, job.limits.max_tokens, job.sampling.temperature), (urgent, 1, 0, 0.0));
+        }
     }
 }

@@ -306,7 +306,7 @@ async fn batches(State(app): State<Arc<App>>) -> Json<Value> {
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let loads = app.fleet.loads().await;
     let content = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, content)], app.fleet.metrics.scrape(&loads, &app.fleet.slice_lens())).into_response()
+    ([(header::CONTENT_TYPE, content)], app.fleet.metrics.scrape(&loads, &app.fleet.figures())).into_response()
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {

@@ -4,7 +4,7 @@
 //! scrape. No label ever holds anything a client can choose freely: unknown models count as `unknown`.
 
 use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -13,7 +13,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-use router_core::{BatchRecord, Micros, Refusal, RowEnd, SliceReport, WorkerLoad};
+use router_core::{BatchRecord, Micros, Moves, Refusal, RowEnd, SliceReport, WorkerLoad};
+
+use crate::dispatch::Figures;
 
 type Seconds = Counter<f64, AtomicU64>;
 type Ratio = Gauge<f64, AtomicU64>;
@@ -54,6 +56,12 @@ struct ByModel {
     model: String,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByMove {
+    model: String,
+    reason: &'static str,
+}
+
 /// How far off a worker's batches are from what was expected of them.
 #[derive(Debug, Default)]
 pub struct Calibration {
@@ -87,6 +95,8 @@ pub struct Metrics {
     cuts: Family<ByWorker, Counter>,
     cut_latency: Histogram,
     slice_len: Family<ByModel, Gauge>,
+    moves: Family<ByMove, Counter>,
+    clock_jumps: Family<ByModel, Counter>,
     workers: Mutex<()>,
     gauges: Vec<WorkerGauge>,
 }
@@ -164,6 +174,8 @@ impl Default for Metrics {
             cuts: register!("cuts", "running batches told to end", Family::default()),
             cut_latency: register!("cut_latency_seconds", "from a cut to the report of its batch", seconds()),
             slice_len: register!("slice_length_iterations", "S: most iterations of the next slice", Family::default()),
+            moves: register!("moves", "rows that left a worker that was there", Family::default()),
+            clock_jumps: register!("clock_jumps", "events with a time before that of the last", Family::default()),
             workers: Mutex::new(()),
             gauges: gauges.into(),
             registry,
@@ -287,8 +299,8 @@ impl Metrics {
         self.quarantined.get_or_create_owned(&by(worker)).inc();
     }
 
-    /// The text of a scrape. With the models' names come their slice lengths.
-    pub fn scrape(&self, loads: &[WorkerLoad], slice_lens: &[(String, u32)]) -> String {
+    /// The text of a scrape of these workers and models.
+    pub fn scrape(&self, loads: &[WorkerLoad], models: &[(String, Figures)]) -> String {
         // One scrape at a time, so that none sees another's gauges half set.
         let _one = self.workers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for gauge in &self.gauges {
@@ -299,8 +311,18 @@ impl Metrics {
             }
         }
         self.slice_len.clear();
-        for (model, slice_len) in slice_lens {
-            self.slice_len.get_or_create_owned(&ByModel { model: model.clone() }).set((*slice_len).into());
+        for (model, figures) in models {
+            let labels = ByModel { model: model.clone() };
+            self.slice_len.get_or_create_owned(&labels).set(figures.slice_len.into());
+            // The core counts; a pool that is made anew begins at zero, as counters may.
+            self.clock_jumps.get_or_create_owned(&labels).inner().store(figures.clock_jumps, Ordering::Relaxed);
+            let Moves { drained, evicted, weighed, balanced } = figures.moves;
+            for (reason, count) in
+                [("drained", drained), ("evicted", evicted), ("weighed", weighed), ("balanced", balanced)]
+            {
+                let labels = ByMove { model: model.clone(), reason };
+                self.moves.get_or_create_owned(&labels).inner().store(count, Ordering::Relaxed);
+            }
         }
         let mut out = String::new();
         // Writing to a string does not fail.
@@ -340,7 +362,7 @@ mod tests {
         metrics.slice("w0", &report());
         metrics.cut("w0");
         metrics.cut_done(Duration::from_millis(3));
-        let text = metrics.scrape(&[], &[("tiny".into(), 40)]);
+        let text = metrics.scrape(&[], &[("tiny".into(), Figures { slice_len: 40, ..Figures::default() })]);
         for line in [
             "scls_router_requests_total{model=\"tiny\",code=\"200\"} 1",
             "scls_router_inflight_requests 0",
