@@ -234,3 +234,63 @@ def test_workers_run_in_the_interpreter_that_runs_the_router(tmp_path: Path) -> 
     for name, done in said.items():
         expected = "cannot run python3" if name == "cargo" else "--no-such-flag"
         assert done.returncode == 1 and expected in done.stderr, (name, done.stderr)
+
+
+FIT = {"shape": "paged", "prefill": {"per_token": 3.5e-5}, "step": {"constant": 0.003}}
+QUALITY = {"r2": 0.99, "mean_error": 0.02, "p99_error": 0.1}
+CALIBRATION = {"model": "m", "device": "cpu", "dtype": "float32", "layout": "paged", "fit": {**FIT, **QUALITY}, "grid": []}
+
+
+def python(folder: Path, code: str) -> str:
+    """A Python that is no more than this."""
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\nimport json, sys\nfrom pathlib import Path\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_calibrate_shows_the_workers_progress_and_what_came_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    worker = python(
+        tmp_path,
+        "print('calibrate  50%', file=sys.stderr)\nprint('not for scripts')\n"
+        "print(sys.argv[1:], file=sys.stderr)\n"
+        f"Path(sys.argv[sys.argv.index('--calibrate') + 1]).write_text({json.dumps(CALIBRATION)!r})",
+    )
+    args = ["calibrate", "--model", str(MODEL), "--out", str(out), "--python", worker, "--device", "cpu"]
+    done = run([ROUTER], *args, "--worker-args", "--layout paged")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "m, paged, cpu, float32: 0 points\n  prefill  per_token 35.00 us\n  step     constant 3000 us\n"
+        "  R2 0.9900, mean error 2.0 %, p99 10.0 %\n"
+        f"written to {out}\nscls-router up --model {MODEL} --cost-model {out}\n"
+    )
+    asked = ["-m", "scls_worker", "--model", str(MODEL), "--calibrate", str(out), "--device", "cpu", "--layout", "paged"]
+    assert done.stderr == f"calibrate  50%\n{asked}\n"
+
+
+def test_calibrate_says_what_went_wrong(tmp_path: Path) -> None:
+    calibrate = ["calibrate", "--model", str(MODEL), "--out", str(tmp_path / "cost.json")]
+    for code, expected, said in [
+        ("sys.exit('scls-worker: no such folder')", 1, "the worker ended before it was calibrated"),
+        ("sys.exit(2)", 2, "the worker cannot be calibrated"),
+        ("pass", 1, "cannot read what the worker wrote"),
+        ("Path(sys.argv[-1]).write_text('{}')", 1, "it holds no fit"),
+    ]:
+        done = run([ROUTER], *calibrate, "--python", python(tmp_path, code))
+        assert (done.returncode, done.stdout) == (expected, "") and said in done.stderr, (code, done.stderr)
+    done = run([ROUTER], *calibrate, "--python", str(tmp_path / "none"))
+    assert done.returncode == 1 and "cannot run" in done.stderr
+    for wrong in ([], ["--model", "no-such-model"]):
+        assert run([ROUTER], "calibrate", *wrong).returncode == 2
+
+
+def test_up_gives_its_workers_the_cost_model(tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    worker = python(tmp_path, "sys.exit(' '.join(sys.argv))")
+    up = ["up", "--model", str(MODEL), "--port", "0", "--grpc-port", "0", "--admin-port", "0", "--python", worker]
+    done = run([ROUTER], *up, "--cost-model", str(cost))
+    assert done.returncode == 2 and f"no such cost model: {cost}" in done.stderr, done.stderr
+    cost.write_text("{}")
+    done = run([ROUTER], *up, SCLS_ROUTER_COST_MODEL=str(cost))
+    assert done.returncode == 1 and f"--model {MODEL} --cost-model {cost}" in done.stderr, done.stderr

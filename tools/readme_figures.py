@@ -39,7 +39,7 @@ def core(report: dict) -> str:
         f"| the tokenizer's own time for the new text | {us['the tokenizer alone, for the new text']:.0f} us |",
         f"| before it: parse the body, render the template | {us['parse the body']:.0f} and {us['render the template']:.0f} us |",
         "",
-        f"`{report['command']}`.",
+        f"`{report['command']}`, {report['when']}, {report['machine']['cores']} cores of {report['machine']['cpu']}.",
     ]
     return "\n".join(lines)
 

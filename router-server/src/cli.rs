@@ -50,6 +50,9 @@ pub enum Command {
         #[command(flatten)]
         serve: ServeArgs,
     },
+    /// Measure what iterations cost on this machine, for `up --cost-model`.
+    #[command(args_override_self = true)]
+    Calibrate(CalibrateArgs),
     /// Be a worker without a model, for tests.
     #[command(args_override_self = true)]
     MockWorker {
@@ -149,6 +152,10 @@ pub struct UpArgs {
     /// The Python that has `scls_worker`; if not given, the one that runs this program, else `python3`.
     #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_PYTHON")]
     pub python: Option<PathBuf>,
+    /// What iterations cost on this machine, as `calibrate` wrote it; if not given, each worker takes a short look at its
+    /// start.
+    #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_COST_MODEL", value_name = "FILE")]
+    pub cost_model: Option<PathBuf>,
     /// More arguments for the workers, separated by spaces.
     #[arg(
         long,
@@ -157,6 +164,26 @@ pub struct UpArgs {
         default_value = "",
         allow_hyphen_values = true
     )]
+    pub worker_args: String,
+}
+
+/// Flags of `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Directory of the model.
+    #[arg(long, alias = "model-path", env = "SCLS_ROUTER_MODEL")]
+    pub model: PathBuf,
+    /// Where the figures go.
+    #[arg(long, default_value = "cost-model.json", value_name = "FILE")]
+    pub out: PathBuf,
+    /// auto, cpu or cuda; the worker's own default if not given.
+    #[arg(long)]
+    pub device: Option<String>,
+    /// The Python that has `scls_worker`; if not given, the one that runs this program, else `python3`.
+    #[arg(long, env = "SCLS_ROUTER_PYTHON")]
+    pub python: Option<PathBuf>,
+    /// More arguments for the worker, separated by spaces: those that `up` is to give it too.
+    #[arg(long, env = "SCLS_ROUTER_WORKER_ARGS", default_value = "", allow_hyphen_values = true)]
     pub worker_args: String,
 }
 

@@ -15,6 +15,7 @@ pub mod auth;
 pub mod batch;
 pub mod body;
 pub mod boundaries;
+pub mod calibrate;
 pub mod cli;
 pub mod completions;
 pub mod config;

@@ -52,7 +52,8 @@ impl Scheduler {
         // answers end at a steady rate: what is left is what a whole one has
         let ahead = mean.min(total.saturating_sub(tokens).0 as f64);
         let Some(home) = self.workers.get(&at) else { return };
-        let least = self.workers.iter().filter(|(other, w)| **other != at && w.ready() && total <= w.spec.most_tokens());
+        let least =
+            self.workers.iter().filter(|(other, w)| **other != at && w.ready() && total <= w.spec.most_tokens());
         let Some((&to, there)) = least.min_by_key(|(_, w)| w.batch_size()) else { return };
         let (b_here, b_there) = (home.batch_size(), there.batch_size());
         if b_there + 1 >= b_here {
@@ -60,8 +61,10 @@ impl Scheduler {
         }
         let seconds = |rows: u64, step: Micros| rows as f64 * step.0 as f64;
         let (less, more) = (home.context.saturating_sub(tokens), there.context + tokens);
-        let stay = seconds(b_here, home.step(b_here, home.context)) + seconds(b_there, there.step(b_there, there.context));
-        let moved = seconds(b_here - 1, home.step(b_here - 1, less)) + seconds(b_there + 1, there.step(b_there + 1, more));
+        let stay =
+            seconds(b_here, home.step(b_here, home.context)) + seconds(b_there, there.step(b_there, there.context));
+        let moved =
+            seconds(b_here - 1, home.step(b_here - 1, less)) + seconds(b_there + 1, there.step(b_there + 1, more));
         let prefill = there.estimator.time(there.estimator.model().prefill(tokens, Tokens::ZERO));
         if ahead * moved + seconds(b_there + 1, prefill) < ahead * stay {
             let new = self.uncached(id, to);

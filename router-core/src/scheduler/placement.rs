@@ -78,7 +78,7 @@ impl Scheduler {
                 new_tokens: new_of(worker),
                 queued: w.queued,
                 batch_size: w.batch_size(),
- work: w.work(now),
+                work: w.work(now),
                 joined: w.joined(tokens, new_of(worker), slice_len),
                 free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |r| r.batch.ceiling)),
             })
@@ -105,7 +105,15 @@ impl Scheduler {
         let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
         let eta = worker.eta(now, row.tokens(), prefill, row.total().saturating_sub(row.tokens()));
         let work = worker.work_of(row.tokens(), prefill, row.slice(slice_len));
-        row.place = Place::At(Home { worker: at, known: false, prefill, work, stage: Stage::Waiting, budget: Tokens::ZERO, committed: true });
+        row.place = Place::At(Home {
+            worker: at,
+            known: false,
+            prefill,
+            work,
+            stage: Stage::Waiting,
+            budget: Tokens::ZERO,
+            committed: true,
+        });
         row.last_worker = Some(at);
         row.weighed = row.output.len();
         worker.queued += prefill;

@@ -24,11 +24,8 @@ impl Scheduler {
 
     pub(super) fn lost(&mut self, id: WorkerId, actions: &mut Vec<Action>) {
         let Some(worker) = self.workers.get(&id) else { return };
-        let rows: Vec<(RowId, bool)> = worker
-            .rows
-            .values()
-            .map(|row| (*row, self.rows.get(row).is_some_and(Row::runs)))
-            .collect();
+        let rows: Vec<(RowId, bool)> =
+            worker.rows.values().map(|row| (*row, self.rows.get(row).is_some_and(Row::runs))).collect();
         for (row_id, ran) in rows {
             self.lose(row_id, ran, "its worker was lost", actions);
         }
@@ -171,9 +168,11 @@ impl Scheduler {
             return;
         };
         let idled = report.rows.iter().all(|row| row.computed == Tokens::ZERO);
-        let waiting = running.batch.members.iter().any(|key| {
-            self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id))
-        });
+        let waiting = running
+            .batch
+            .members
+            .iter()
+            .any(|key| self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)));
         worker.fruitless = if idled && waiting { worker.fruitless + 1 } else { 0 };
         if worker.fruitless > MOST_FRUITLESS {
             actions.push(Action::Quarantine(id, format!("{MOST_FRUITLESS} batches ran without computing anything")));
