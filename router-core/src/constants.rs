@@ -19,3 +19,27 @@ pub(crate) const JOINS: f64 = 16.0;
 pub(crate) const BUCKETS: [u32; 4] = [1, 4, 16, u32::MAX];
 /// Residuals kept of each bucket: the least that holds a quantile of 99.5 % with five to spare.
 pub(crate) const RESIDUALS: usize = 1000;
+
+/// Part of slices that may take longer than their band says, and part that may take less: with the three of a window of
+/// [`RESIDUALS`] that this leaves outside at either end 99.4 % are covered, so that the 99 % promised survive what
+/// changes within a window.
+pub(crate) const TAIL: f64 = 0.0035;
+/// A normal distribution has [`TAIL`] beyond so many standard deviations.
+pub(crate) const TAIL_DEVIATIONS: f64 = 2.697;
+/// Residuals from which a spread is estimated: with fewer, Student's t makes it as wide as no estimate at all.
+pub(crate) const FEW: usize = 8;
+/// Batches by which the correction of a new worker settles. Their residuals are not kept: they would widen a thousand bands.
+pub(crate) const SETTLE: u32 = 16;
+/// A batch moves the correction by at least this part: as quick as a change of load, and not so quick that its own noise
+/// widens the band (by 1.6 %).
+pub(crate) const CORRECTION_GAIN: f64 = 1.0 / 16.0;
+/// A model that the worker measured is right within this factor, or something is wrong with it.
+pub(crate) const TRUST_MEASURED: f64 = 2.0;
+/// The model of a worker that announced none: a slow CPU and a fast GPU are this far from it.
+pub(crate) const TRUST_UNKNOWN: f64 = 1e3;
+/// The band of such a worker before it has run [`SETTLE`] batches: wide, but short of saying nothing.
+pub(crate) const START_UNKNOWN: f64 = 10.0;
+/// Tokens of an output before any has ended, weighing as one row that ended.
+pub(crate) const FIRST_OUTPUT: f64 = 256.0;
+/// Iterations foreseen of a batch, a megabyte: a slice has at most [`MOST_SLICE`], and a sequence seldom as many.
+pub(crate) const MOST_FORESEEN: u32 = 1 << 16;

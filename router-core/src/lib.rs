@@ -3,6 +3,7 @@
 //! No I/O, no clock, no threads, no unseeded randomness: times and seeds are arguments, so the server, the Python
 //! module and the simulator run the very same objects. Start reading at [`Scheduler::handle`].
 
+mod batch;
 mod block;
 mod constants;
 mod cost;
@@ -11,22 +12,26 @@ mod decision;
 mod event;
 mod ids;
 mod index;
+mod memory;
 mod mode;
+mod offload;
 mod output;
 mod plan;
 mod policy;
 mod pool;
 mod record;
+mod rectangle;
 mod router;
 mod row;
 mod scheduler;
 mod units;
 mod worker;
 
+pub use batch::{Batcher, RowGroup, Split};
 pub use block::{BlockHash, hash_blocks, hash_root, new_tokens};
 pub use cost::{
-    Band, BatchLoad, CostError, CostModel, Estimator, Forecast, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep,
-    RowLoad, micros,
+    Band, BatchLoad, Calibrated, Calibration, CostError, CostModel, Coverage, Estimator, Fit, FitError, Forecast,
+    Iteration, JsonError, Layout, PaddedCost, PagedPrefill, PagedStep, RowLoad, Sample, micros,
 };
 pub use decision::Decision;
 pub use event::{
@@ -35,9 +40,12 @@ pub use event::{
 };
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
+pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
+pub use offload::{Movable, Move, Offloader, rebalance};
 pub use policy::{
-    Candidate, LeastRequests, Policy, PolicyName, Product, Random, RoundRobin, UnknownPolicy, View, choose, least,
+    Candidate, LeastRequests, Policy, PolicyName, Product, ProductTime, Random, RoundRobin, UnknownPolicy, View,
+    choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use record::{BatchOutcome, BatchRecord};

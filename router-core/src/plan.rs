@@ -5,46 +5,48 @@
 
 use hashbrown::HashMap;
 
-use crate::cost::BatchLoad;
+use crate::cost::{BatchLoad, Layout};
 use crate::event::{Keep, Plan, RowStart};
 use crate::ids::{RowId, RowKey};
+use crate::memory::ceiling;
+use crate::rectangle;
 use crate::row::{Row, Stage};
-use crate::units::{BlockSize, Blocks, Tokens};
+use crate::units::{Blocks, Tokens};
 use crate::worker::{Batch, Worker};
 
 /// Most tokens told to a worker in one plan, four bytes each: half of what a message may hold. One row always goes.
-const MOST_TOLD: Tokens = Tokens(2 << 20);
-
-/// Blocks a row can need in a slice of `steps` iterations that it enters with at most `tokens` tokens of the `total`
-/// it may reach. The last token drawn is not computed before the next step, so its KV needs no place yet.
-pub(crate) fn ceiling(tokens: Tokens, steps: Tokens, total: Tokens, size: BlockSize) -> Blocks {
-    (tokens + steps).min(total).saturating_sub(Tokens(1)).blocks(size)
-}
+pub(crate) const MOST_TOLD: Tokens = Tokens(2 << 20);
 
 /// Who runs next, before it is a plan.
 #[derive(Default)]
-struct Packed {
+pub(crate) struct Packed {
     /// With the most tokens each can have at the start.
-    members: Vec<(RowKey, Tokens)>,
-    leave: Vec<RowKey>,
-    ceiling: Blocks,
+    pub(crate) members: Vec<(RowKey, Tokens)>,
+    pub(crate) leave: Vec<RowKey>,
+    pub(crate) ceiling: Blocks,
     /// A row that has its KV here found no place for it.
-    evicts: bool,
+    pub(crate) evicts: bool,
 }
 
-/// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan.
-pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u32) -> Option<(Batch, Plan)> {
+/// Plans the batch after the running one, or the first if none runs. `None` where the worker needs no (new) plan. `cuts`:
+/// the running one may end before its last step.
+pub(crate) fn next(
+    worker: &mut Worker,
+    rows: &HashMap<RowId, Row>,
+    slice_len: u32,
+    cuts: bool,
+) -> Option<(Batch, Plan)> {
     let mut steps = slice_len;
-    let mut packed = pack(worker, rows, steps);
+    let mut packed = pack(worker, rows, steps, cuts);
     // S is the memory horizon: it is shortened before anybody loses KV
     while packed.evicts && steps > 1 {
         steps /= 2;
-        packed = pack(worker, rows, steps);
+        packed = pack(worker, rows, steps, cuts);
     }
     if packed.evicts {
         // somebody does, whatever S is
         steps = slice_len;
-        packed = pack(worker, rows, steps);
+        packed = pack(worker, rows, steps, cuts);
     }
     let Packed { members, leave, ceiling, .. } = packed;
     let base = worker.base();
@@ -83,7 +85,10 @@ pub(crate) fn next(worker: &mut Worker, rows: &HashMap<RowId, Row>, slice_len: u
     Some((Batch { no, base, steps, members: keys, joining, added, ceiling, expected }, plan))
 }
 
-fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
+fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32, cuts: bool) -> Packed {
+    if worker.spec.layout == Layout::Padded {
+        return rectangle::pack(worker, rows, steps, cuts);
+    }
     let steps = Tokens(u64::from(steps));
     let base_steps = Tokens(worker.running.as_ref().map_or(0, |running| u64::from(running.batch.steps)));
     let size = worker.spec.model.block_size;
@@ -104,9 +109,9 @@ fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
         };
         unseen = unseen.saturating_sub(usize::from(from.is_some()));
         let tokens = from.map_or_else(|| row.tokens(), |from| (from + base_steps).min(row.total()));
-        // Past its prefill and at its limit by the end of the base: no place is kept for it. Should the base end
-        // early after all, it is held and planned again.
-        let ends = from.is_some() && home.prefill == Tokens::ZERO && tokens == row.total();
+        // Past its prefill and at its limit by the end of a base that is not cut: no place is kept for it. Should the
+        // base end early after all, it is held and planned again.
+        let ends = !cuts && from.is_some() && home.prefill == Tokens::ZERO && tokens == row.total();
         let need = packed.ceiling + ceiling(tokens, steps, row.total(), size);
         let tell = if home.known { Tokens::ZERO } else { row.tokens() };
         // Rows the worker knows cost a message nothing, so only further newcomers wait for the next plan.
@@ -117,7 +122,8 @@ fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
         // Strictly in order of age: a row that does not fit is not passed by younger, smaller ones.
         full |= !ends && (packed.members.len() == most || need > worker.spec.blocks);
         if ends || full {
-            packed.evicts |= full && home.known && packed.members.len() < most && home.prefill < row.tokens();
+            let has_kv = from.is_some() || home.prefill < row.tokens();
+            packed.evicts |= full && home.known && has_kv && packed.members.len() < most;
             packed.leave.extend(from.map(|_| row.key()));
             continue;
         }
@@ -128,7 +134,7 @@ fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32) -> Packed {
     packed
 }
 
-fn start(row: &Row, worker: &Worker) -> RowStart {
+pub(crate) fn start(row: &Row, worker: &Worker) -> RowStart {
     RowStart {
         key: row.key(),
         slice_no: row.slices,

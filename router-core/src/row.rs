@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::block::BlockHash;
 use crate::ids::{RowId, RowKey, WorkerId};
+use crate::memory::Extent;
 use crate::units::{Micros, Tokens};
 
 pub(crate) struct Row {
@@ -83,6 +84,10 @@ impl Row {
     /// Most tokens it draws in its next slice.
     pub(crate) fn slice(&self, slice_len: u32) -> Tokens {
         Tokens(u64::from(slice_len)).min(self.total().saturating_sub(self.tokens()))
+    }
+
+    pub(crate) fn extent(&self) -> Extent {
+        Extent { tokens: self.tokens(), total: self.total() }
     }
 
     pub(crate) fn home(&self) -> Option<&Home> {

@@ -11,6 +11,7 @@ use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
 use crate::pool::WorkerSpec;
 use crate::record::BatchRecord;
 use crate::row::{Home, Stage};
+use crate::scheduler::pooled::Queue;
 use crate::units::{Blocks, Micros, Tokens};
 
 pub(crate) struct Worker {
@@ -27,6 +28,8 @@ pub(crate) struct Worker {
     pub(crate) sent: Vec<Batch>,
     /// Rows assigned and not finished, oldest first: `b` is their number.
     pub(crate) rows: BTreeMap<u64, RowId>,
+    /// Formed batches, in pooled modes.
+    pub(crate) queue: Queue,
     /// Q.
     pub(crate) queued: Tokens,
     /// Tokens of all its rows, prompt and output so far.
@@ -34,6 +37,8 @@ pub(crate) struct Worker {
     /// Rows that no plan has, and what they add to a slice.
     pub(crate) waiting: usize,
     pub(crate) unplanned: Micros,
+    /// What a slice costs that the rows do not: it comes on top where the rows that wait would be the first.
+    pub(crate) bare: Micros,
     pub(crate) estimator: Estimator,
     pub(crate) joins: Joins,
     /// Set after a refusal for memory or rows: the next batches take at most this many, until one runs.
@@ -88,10 +93,12 @@ impl Worker {
             running: None,
             sent: Vec::new(),
             rows: BTreeMap::new(),
+            queue: Queue::default(),
             queued: Tokens::ZERO,
             context: Tokens::ZERO,
             waiting: 0,
             unplanned: Micros::ZERO,
+            bare: Micros::ZERO,
             joins: Joins::default(),
             cap: None,
             unconfirmed: Vec::new(),
@@ -135,7 +142,12 @@ impl Worker {
             let whole = self.estimator.expected(&running.forecast, running.ends_after);
             whole.saturating_sub(now.saturating_sub(running.record.at))
         });
-        running + self.sent.last().map_or(Micros::ZERO, |batch| batch.expected) + self.unplanned
+        let next = match self.sent.last() {
+            Some(batch) => batch.expected,
+            None if self.waiting > 0 => self.bare,
+            None => Micros::ZERO,
+        };
+        running + next + self.queue.waiting().unwrap_or(self.unplanned)
     }
 
     /// What a row adds to a slice of so many steps: its prefill and its share of each step.
@@ -143,6 +155,13 @@ impl Worker {
         let model = self.estimator.model();
         let before = tokens.saturating_sub(prefill);
         self.estimator.time(model.prefill(prefill, before) + model.marginal(tokens, steps.0))
+    }
+
+    /// A slice of `steps` iterations less what its rows cost.
+    pub(crate) fn bare_slice(&self, steps: u32) -> Micros {
+        let one = BatchLoad { rows: 1, longest: Tokens(1), context: Tokens(1), uncached: Tokens::ZERO };
+        let model = self.estimator.model();
+        self.estimator.time(model.slice(&one, steps.into()) - model.marginal(Tokens(1), steps.into()))
     }
 
     /// A slice with all rows that are here and one more, queued prefill included.

@@ -1,91 +1,73 @@
 //! Virtual time: a heap of (time, sequence, event) and a loop. The real scheduler on one side, modelled workers on the
 //! other, a link with a delay between them. The same inputs give the same run, to the microsecond.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BTreeMap;
 
+use hashbrown::HashMap;
 use router_core::{
-    Action, Config, Decision, Event, FinishReason, Micros, ModelSpec, NewRequest, Rejection, RequestId, RowEnd, RowId,
-    Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BatchRecord, Config, Decision, Event, Micros, ModelSpec, NewRequest, PlanNo, RequestId, RowId, Scheduler,
+    WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 
-use crate::timing::Timing;
-use crate::worker::{Command, SliceWorker, Terms};
+use crate::calendar::Calendar;
+use crate::modelled::Modelled;
+use crate::outcome::{Outcome, RowOutcome, WorkerOutcome};
+use crate::random::Random;
+use crate::sequence::Terms;
+use crate::timing::Pace;
+use crate::worker::Command;
 
 enum Happening {
     Router(Event),
     ToWorker(WorkerId, u64, Command),
-    FromWorker(WorkerId, u64, WorkerMessage),
+    FromWorker(WorkerId, u64, u64, WorkerMessage),
     Wake(WorkerId, u64),
     Kill(WorkerId),
-    Join(WorkerSpec, WorkerSpec, Timing),
+    Join(Box<(WorkerSpec, WorkerSpec, Pace)>),
 }
 
 struct Connected {
-    worker: SliceWorker,
+    worker: Modelled,
     /// This connection; what belongs to an earlier one is void.
     session: u64,
     seq: u64,
     totals: WorkerOutcome,
+    /// When the last message of each direction arrives: to the worker, from it.
+    arrivals: [Micros; 2],
+    /// A cut on its way: of this batch, since then.
+    cut: Option<(PlanNo, Micros)>,
 }
 
-/// What a worker did.
+/// Trouble for tests: what a link and a worker may do at any time without breaking the contract.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct WorkerOutcome {
-    /// Iterations with rows.
-    pub busy: Micros,
-    /// Between slices, while rows were assigned to it.
-    pub idle: Micros,
-    /// Slices that ran.
-    pub slices: u64,
-    /// Tokens computed and tokens found cached, over all rows.
-    pub computed: Tokens,
-    /// Tokens found cached.
-    pub cached: Tokens,
-    /// Most blocks a batch used at once.
-    pub peak: u64,
-}
-
-/// What became of a row.
-#[derive(Clone, Debug)]
-pub struct RowOutcome {
-    /// Its tokens, in order.
-    pub tokens: Vec<u32>,
-    /// When the first came.
-    pub first: Option<Micros>,
-    /// When it ended, and how. Counted, so that a second end shows.
-    pub ends: Vec<(Micros, RowEnd)>,
-}
-
-/// The whole run.
-#[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    /// Rows by name.
-    pub rows: BTreeMap<RowId, RowOutcome>,
-    /// Requests not accepted.
-    pub rejected: BTreeMap<RequestId, Rejection>,
-    /// Workers by slot.
-    pub workers: BTreeMap<WorkerId, WorkerOutcome>,
-    /// What the scheduler could not believe.
-    pub quarantined: Vec<String>,
-    /// Refusals that were not STALE.
-    pub refused: Vec<String>,
-    /// When the last thing happened.
-    pub end: Micros,
+pub struct Chaos {
+    /// Of its numbers.
+    pub seed: u64,
+    /// How likely a batch is cut at a step boundary although nobody asked for it.
+    pub cut: f64,
+    /// A message is late by up to this; messages of one direction stay in order.
+    pub late: Micros,
 }
 
 /// A pool of modelled workers behind the real scheduler.
 pub struct Simulation {
     scheduler: Scheduler,
+    vocab: u32,
     delay: Micros,
     workers: BTreeMap<WorkerId, Connected>,
-    heap: BinaryHeap<Reverse<(Micros, u64)>>,
-    happenings: BTreeMap<u64, Happening>,
-    sequence: u64,
+    calendar: Calendar<Happening>,
+    terms: HashMap<RequestId, Terms>,
+    arrived: HashMap<RequestId, Micros>,
+    chaos: Chaos,
+    random: Random,
+    logprobs: bool,
+    keep_batches: bool,
+    told_every: u32,
     sessions: u64,
     slots: u32,
     now: Micros,
     actions: Vec<Action>,
+    said: Vec<WorkerMessage>,
     outcome: Outcome,
 }
 
@@ -93,66 +75,98 @@ impl Simulation {
     /// An empty pool; `delay` is the link's, each way.
     pub fn new(model: ModelSpec, config: Config, delay: Micros) -> Self {
         Self {
+            vocab: model.vocab,
             scheduler: Scheduler::new(model, config),
             delay,
             workers: BTreeMap::new(),
-            heap: BinaryHeap::new(),
-            happenings: BTreeMap::new(),
-            sequence: 0,
+            calendar: Calendar::new(),
+            terms: HashMap::new(),
+            arrived: HashMap::new(),
+            chaos: Chaos::default(),
+            random: Random::new(0),
+            logprobs: true,
+            keep_batches: false,
+            told_every: 1,
             sessions: 0,
             slots: 0,
             now: Micros::ZERO,
             actions: Vec::new(),
+            said: Vec::new(),
             outcome: Outcome::default(),
         }
     }
 
+    /// With trouble.
+    #[must_use]
+    pub fn with_chaos(self, chaos: Chaos) -> Self {
+        Self { random: Random::new(chaos.seed), chaos, ..self }
+    }
+
+    /// For long runs: no logprobs are asked for and checked, and workers that pad tell of every so many iterations at once.
+    #[must_use]
+    pub fn cheap(self, told_every: u32) -> Self {
+        Self { logprobs: false, told_every, ..self }
+    }
+
+    /// With [`Outcome::batches`].
+    #[must_use]
+    pub fn with_batches(self) -> Self {
+        Self { keep_batches: true, ..self }
+    }
+
     /// A worker joins at a time.
-    pub fn join(&mut self, at: Micros, spec: WorkerSpec, timing: Timing) {
-        self.join_as(at, spec.clone(), spec, timing);
+    pub fn join(&mut self, at: Micros, spec: WorkerSpec, pace: impl Into<Pace>) {
+        self.join_as(at, spec.clone(), spec, pace);
     }
 
     /// A worker that announces one thing and is another.
-    pub fn join_as(&mut self, at: Micros, announced: WorkerSpec, actual: WorkerSpec, timing: Timing) {
-        self.push(at, Happening::Join(announced, actual, timing));
+    pub fn join_as(&mut self, at: Micros, announced: WorkerSpec, actual: WorkerSpec, pace: impl Into<Pace>) {
+        self.calendar.push(at, Happening::Join(Box::new((announced, actual, pace.into()))));
     }
 
     /// A worker vanishes at a time.
     pub fn kill(&mut self, at: Micros, worker: WorkerId) {
-        self.push(at, Happening::Kill(worker));
+        self.calendar.push(at, Happening::Kill(worker));
     }
 
     /// A worker starts to drain.
     pub fn drain(&mut self, at: Micros, worker: WorkerId) {
-        self.push(at, Happening::Router(Event::WorkerDraining { worker }));
+        self.calendar.push(at, Happening::Router(Event::WorkerDraining { worker }));
     }
 
     /// A request arrives.
     pub fn arrive(&mut self, at: Micros, request: NewRequest) {
-        self.push(at, Happening::Router(Event::RequestArrived(request)));
+        self.arrived.insert(request.id, at);
+        self.calendar.push(at, Happening::Router(Event::RequestArrived(request)));
+    }
+
+    /// A request arrives that ends by itself after `output` tokens, which the scheduler does not know.
+    pub fn arrive_ending(&mut self, at: Micros, request: NewRequest, output: u32) {
+        self.terms.insert(request.id, Terms::ending_at(&request.prompt, output, self.vocab));
+        self.arrive(at, request);
     }
 
     /// A client goes away.
     pub fn cancel(&mut self, at: Micros, request: RequestId) {
-        self.push(at, Happening::Router(Event::Cancelled { request, choice: None }));
+        self.calendar.push(at, Happening::Router(Event::Cancelled { request, choice: None }));
     }
 
     /// Runs until nothing is left to happen, or until `limit`.
     pub fn run(&mut self, limit: Micros) -> &Outcome {
-        while let Some(&Reverse((at, sequence))) = self.heap.peek() {
-            if at > limit {
-                break;
-            }
-            self.heap.pop();
-            let Some(happening) = self.happenings.remove(&sequence) else { continue };
+        while let Some((at, happening)) = self.calendar.pop(limit) {
             self.now = at;
             self.outcome.end = at;
             self.happen(happening);
         }
         for (id, connected) in &self.workers {
-            self.outcome.workers.insert(*id, connected.totals);
+            self.outcome.workers.insert(*id, connected.totals());
         }
         &self.outcome
+    }
+
+    /// What the run came to, without a copy.
+    pub fn into_outcome(self) -> Outcome {
+        self.outcome
     }
 
     /// The scheduler's view of its workers.
@@ -160,7 +174,7 @@ impl Simulation {
         self.scheduler.loads()
     }
 
-    /// What a worker itself says: see [`SliceWorker::load`].
+    /// What a worker itself says: see [`crate::SliceWorker::load`].
     pub fn worker_load(&self, worker: WorkerId) -> Option<[u64; 6]> {
         self.workers.get(&worker).map(|connected| connected.worker.load())
     }
@@ -170,79 +184,92 @@ impl Simulation {
         self.scheduler.decisions()
     }
 
-    fn push(&mut self, at: Micros, happening: Happening) {
-        self.sequence += 1;
-        self.heap.push(Reverse((at, self.sequence)));
-        self.happenings.insert(self.sequence, happening);
+    /// The latest batches.
+    pub fn batches(&self) -> impl Iterator<Item = &BatchRecord> {
+        self.scheduler.batches()
+    }
+
+    /// Rows that have not ended, and S as it is now.
+    pub fn unfinished(&self) -> (usize, u32) {
+        (self.scheduler.rows(), self.scheduler.slice_len())
     }
 
     fn happen(&mut self, happening: Happening) {
         match happening {
             Happening::Router(event) => self.router(event),
-            Happening::Join(spec, actual, timing) => {
+            Happening::Join(joins) => {
+                let (spec, actual, pace) = *joins;
                 let id = WorkerId(self.slots);
                 self.slots += 1;
                 self.sessions += 1;
                 let session = self.sessions;
-                let worker = SliceWorker::new(actual, timing);
-                self.workers.insert(id, Connected { worker, session, seq: 0, totals: WorkerOutcome::default() });
+                let worker = Modelled::new(actual, pace).telling_every(self.told_every);
+                let totals = WorkerOutcome::default();
+                let arrivals = [Micros::ZERO; 2];
+                self.workers.insert(id, Connected { worker, session, seq: 0, totals, arrivals, cut: None });
                 self.router(Event::WorkerJoined { worker: id, spec });
-                self.push(self.now + self.delay, Happening::ToWorker(id, session, Command::Hello));
+                self.send(id, Command::Hello);
             }
             Happening::Kill(id) => {
                 if let Some(gone) = self.workers.remove(&id) {
-                    self.outcome.workers.insert(id, gone.totals);
+                    self.outcome.workers.insert(id, gone.totals());
                     self.router(Event::WorkerLost { worker: id, epoch: gone.worker.spec().epoch });
                 }
             }
             Happening::ToWorker(id, session, command) => {
-                let mut out = Vec::new();
-                let Some(connected) = self.workers.get_mut(&id).filter(|c| c.session == session) else { return };
-                connected.worker.command(self.now, command, &mut out);
-                self.says(id, out);
+                let now = self.now;
+                self.work(id, session, |worker, out| worker.command(now, command, out));
             }
             Happening::Wake(id, session) => {
-                let mut out = Vec::new();
-                let Some(connected) = self.workers.get_mut(&id).filter(|c| c.session == session) else { return };
-                connected.worker.wake(self.now, &mut out);
-                self.says(id, out);
+                let (now, cut) = (self.now, self.chaos.cut > 0.0 && self.random.chance(self.chaos.cut));
+                self.work(id, session, |worker, out| {
+                    if let Some(batch) = worker.running().filter(|_| cut) {
+                        worker.command(now, Command::Cut(batch, None), out);
+                    }
+                    worker.wake(now, out);
+                });
             }
-            Happening::FromWorker(id, seq, message) => {
-                let Some(connected) = self.workers.get(&id) else { return };
+            Happening::FromWorker(id, session, seq, message) => {
+                let Some(connected) = self.workers.get_mut(&id).filter(|c| c.session == session) else { return };
                 let epoch = connected.worker.spec().epoch;
+                let ended = match &message {
+                    WorkerMessage::SliceReported(report) => Some(report.batch),
+                    _ => None,
+                };
+                if let Some((_, since)) = connected.cut.take_if(|(batch, _)| ended == Some(*batch)) {
+                    self.outcome.cuts.push(self.now.saturating_sub(since));
+                }
                 self.router(Event::Worker { worker: id, epoch, seq, message });
+                if let Some(batch) = ended.filter(|_| self.keep_batches) {
+                    let record = self.scheduler.batches().find(|record| record.worker == id && record.batch == batch);
+                    self.outcome.batches.extend(record.copied());
+                }
             }
         }
     }
 
-    fn says(&mut self, id: WorkerId, out: Vec<WorkerMessage>) {
-        let Some(connected) = self.workers.get_mut(&id) else { return };
-        let session = connected.session;
-        let wake = connected.worker.next_wake();
-        for message in out {
-            if let WorkerMessage::SliceReported(report) = &message {
-                connected.totals.busy += report.prefill + report.decode;
-                connected.totals.idle += report.idle;
-                connected.totals.slices += u64::from(report.steps > 0);
-                connected.totals.peak = connected.totals.peak.max(report.peak.0);
-                for row in &report.rows {
-                    connected.totals.computed += row.computed;
-                    connected.totals.cached += row.cached;
+    /// A worker does something, and what it says sets out.
+    fn work(&mut self, id: WorkerId, session: u64, does: impl FnOnce(&mut Modelled, &mut Vec<WorkerMessage>)) {
+        let Some(connected) = self.workers.get_mut(&id).filter(|c| c.session == session) else { return };
+        let before = connected.worker.next_wake();
+        does(&mut connected.worker, &mut self.said);
+        for message in self.said.drain(..) {
+            match &message {
+                WorkerMessage::SliceReported(report) => connected.totals.reported(self.now, report),
+                WorkerMessage::Refused { reason, detail, .. } if *reason != router_core::Refusal::Stale => {
+                    self.outcome.refused.push(format!("{id} {reason:?}: {detail}"));
                 }
-            }
-            if let WorkerMessage::Refused { reason, detail, .. } = &message
-                && *reason != router_core::Refusal::Stale
-            {
-                self.outcome.refused.push(format!("{id} {reason:?}: {detail}"));
+                _ => {}
             }
             connected.seq += 1;
-            let seq = connected.seq;
-            self.sequence += 1;
-            self.heap.push(Reverse((self.now + self.delay, self.sequence)));
-            self.happenings.insert(self.sequence, Happening::FromWorker(id, seq, message));
+            let late = if self.chaos.late > Micros::ZERO { self.random.below(self.chaos.late.0 + 1) } else { 0 };
+            let at = (self.now + self.delay + Micros(late)).max(connected.arrivals[1]);
+            connected.arrivals[1] = at;
+            self.calendar.push(at, Happening::FromWorker(id, session, connected.seq, message));
         }
-        if let Some(at) = wake {
-            self.push(at, Happening::Wake(id, session));
+        // an iteration under way has its wake already
+        if let Some(at) = connected.worker.next_wake().filter(|at| before != Some(*at) || *at <= self.now) {
+            self.calendar.push(at, Happening::Wake(id, session));
         }
     }
 
@@ -258,56 +285,68 @@ impl Simulation {
     fn act(&mut self, action: Action) {
         match action {
             Action::Plan(id, plan) => {
-                let terms = plan.add.iter().map(|row| (row.key, Terms { logprobs: Some(1), ..Terms::default() }));
+                let asked = self.logprobs.then_some(1);
+                let terms = plan.add.iter().map(|row| {
+                    let ends = self.terms.get(&row.key.row.request).cloned().unwrap_or_default();
+                    (row.key, Terms { logprobs: asked, ..ends })
+                });
                 let terms = terms.collect();
                 self.send(id, Command::Plan(plan, terms));
             }
             Action::Drop(id, rows) => self.send(id, Command::Drop(rows)),
-            Action::Cut(id, batch) => self.send(id, Command::Cut(batch, None)),
+            Action::Cut(id, batch) => {
+                if let Some(connected) = self.workers.get_mut(&id)
+                    && connected.cut.is_none_or(|(of, _)| of != batch)
+                {
+                    connected.cut = Some((batch, self.now));
+                }
+                self.send(id, Command::Cut(batch, None));
+            }
             Action::ReleaseKv(id, rows) => self.send(id, Command::ReleaseKv(rows)),
             Action::Resync(id) => self.send(id, Command::Resync),
             Action::Quarantine(id, why) => self.outcome.quarantined.push(format!("{id}: {why}")),
             Action::Placed(..) => {}
             Action::Tokens { row, first_index, ids, logprobs } => {
-                let of: Vec<u32> = logprobs.iter().filter_map(|logprobs| Some(logprobs.top.first()?.0)).collect();
-                assert_eq!(ids, of, "{row}: logprobs of other tokens");
-                let outcome = outcome(&mut self.outcome, row);
+                if self.logprobs {
+                    let of: Vec<u32> = logprobs.iter().filter_map(|logprobs| Some(logprobs.top.first()?.0)).collect();
+                    assert_eq!(ids, of, "{row}: logprobs of other tokens");
+                }
+                let now = self.now;
+                let outcome = self.outcome_of(row);
                 assert_eq!(outcome.tokens.len(), first_index as usize, "{row}: tokens out of order");
-                outcome.first.get_or_insert(self.now);
+                outcome.times.extend(ids.iter().map(|_| now));
                 outcome.tokens.extend(ids);
             }
             Action::Finish(row, end) => {
                 let at = self.now;
-                outcome(&mut self.outcome, row).ends.push((at, end));
+                self.outcome_of(row).ends.push((at, end));
             }
             Action::Reject(request, why) => {
                 self.outcome.rejected.insert(request, why);
             }
-            Action::WakeAt(at) => self.push(at, Happening::Router(Event::Tick)),
+            Action::WakeAt(at) => self.calendar.push(at.max(self.now), Happening::Router(Event::Tick)),
         }
     }
 
     fn send(&mut self, id: WorkerId, command: Command) {
-        if let Some(session) = self.workers.get(&id).map(|connected| connected.session) {
-            self.push(self.now + self.delay, Happening::ToWorker(id, session, command));
-        }
+        let Some(connected) = self.workers.get_mut(&id) else { return };
+        let late = if self.chaos.late > Micros::ZERO { self.random.below(self.chaos.late.0 + 1) } else { 0 };
+        let at = (self.now + self.delay + Micros(late)).max(connected.arrivals[0]);
+        connected.arrivals[0] = at;
+        self.calendar.push(at, Happening::ToWorker(id, connected.session, command));
+    }
+
+    fn outcome_of(&mut self, row: RowId) -> &mut RowOutcome {
+        let arrived = &self.arrived;
+        self.outcome.rows.entry(row).or_insert_with(|| {
+            let arrived = arrived.get(&row.request).copied().unwrap_or_default();
+            RowOutcome { arrived, ..RowOutcome::default() }
+        })
     }
 }
 
-fn outcome(all: &mut Outcome, row: RowId) -> &mut RowOutcome {
-    all.rows.entry(row).or_insert_with(|| RowOutcome { tokens: Vec::new(), first: None, ends: Vec::new() })
-}
-
-impl Outcome {
-    /// Rows that ended this way.
-    pub fn ended(&self, reason: FinishReason) -> usize {
-        self.rows.values().filter(|row| row.ends.iter().any(|(_, end)| end.reason == reason)).count()
-    }
-
-    /// Share of prefill tokens that were found cached.
-    pub fn hit_ratio(&self) -> f64 {
-        let cached: u64 = self.rows.values().flat_map(|row| &row.ends).map(|(_, end)| end.cached.0).sum();
-        let prompt: u64 = self.rows.values().flat_map(|row| &row.ends).map(|(_, end)| end.prompt.0).sum();
-        cached as f64 / prompt.max(1) as f64
+impl Connected {
+    fn totals(&self) -> WorkerOutcome {
+        WorkerOutcome { evicted: self.worker.evicted(), ..self.totals }
     }
 }

@@ -1,13 +1,15 @@
-//! How long a modelled iteration takes.
+//! How long a modelled iteration takes: a law, what a slice start costs, and noise.
 
-use router_core::Micros;
+use router_core::{CostModel, Iteration, Layout, Micros, PaddedCost, PagedPrefill, PagedStep, micros};
+
+use crate::random::Random;
 
 /// Linear in what an iteration does.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     /// Each iteration.
     pub step: Micros,
-    /// More for each row in it.
+    /// More for each row that decodes in it.
     pub per_row: Micros,
     /// More for each prefill token, in nanoseconds.
     pub prefill_token_nanos: u64,
@@ -23,7 +25,234 @@ impl Default for Timing {
 }
 
 impl Timing {
-    pub(crate) fn iteration(&self, rows: u64, prefill_tokens: u64) -> Micros {
-        Micros(self.step.0 + self.per_row.0 * rows + self.prefill_token_nanos * prefill_tokens / 1000)
+    /// The same as a cost model, exactly; `None` where an iteration takes no time.
+    pub fn cost_model(&self) -> Option<CostModel> {
+        let model = self.model();
+        let any = self.step.0 + self.per_row.0 + self.prefill_token_nanos > 0;
+        any.then_some(model)
+    }
+
+    fn model(&self) -> CostModel {
+        CostModel::Paged {
+            prefill: PagedPrefill { constant: 0.0, per_token: self.prefill_token_nanos as f64 * 1e-9, per_pair: 0.0 },
+            step: PagedStep {
+                constant: self.step.0 as f64 * 1e-6,
+                per_row: self.per_row.0 as f64 * 1e-6,
+                per_context: 0.0,
+            },
+        }
+    }
+}
+
+/// What an iteration takes, and how surely.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// The iteration itself.
+    pub law: Law,
+    /// Most prefill tokens of one iteration. A rectangle's prompts are one pass, however many they are.
+    pub chunk: u32,
+    /// Exposed at every start of a slice: the device waits for it.
+    pub start: Micros,
+    /// Factors on every iteration.
+    pub noise: Noise,
+}
+
+/// The time of an iteration without noise.
+#[derive(Clone, Copy, Debug)]
+pub enum Law {
+    /// What the router believes in.
+    Linear(CostModel),
+    /// What devices do: reading weights and computing overlap.
+    Norm(Norm),
+}
+
+/// Seconds of an iteration: `(w^4 + (c_p*T)^4)^(1/4) + kv*context + attn*pairs + row*N + host` for `T` tokens computed
+/// in `N` rows. The norm is the step model of the simulation study: the weights are read once whatever `T` is, and reading
+/// hides computing until that takes longer. All coefficients are derived, none was measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm {
+    /// Reading the weights.
+    pub weights: f64,
+    /// Computing a token.
+    pub token: f64,
+    /// Reading the KV of a token that a decoding row sees.
+    pub kv: f64,
+    /// A pair of a prefilled token and one it attends.
+    pub pair: f64,
+    /// Host time of a row.
+    pub row: f64,
+    /// Host time of an iteration that the device waits for.
+    pub host: f64,
+}
+
+/// Log-normal factors: one a slice, one a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Noise {
+    /// Sigma of a slice's factor; a step's is twice as wide.
+    pub sigma: f64,
+    /// This worker is always so much slower (above 0) or faster: the factor's logarithm.
+    pub bias: f64,
+    /// Of its numbers.
+    pub seed: u64,
+}
+
+impl Norm {
+    /// Llama-2 13B (no grouped heads) in 16 bits on one A100 of 80 GB; derived:
+    ///
+    /// - weights: 26 GB at 1.53 TB/s, 75 % of the data sheet's 2.04;
+    /// - token: 2 x 13 G operations at 171 T a second, 55 % of the data sheet's 312;
+    /// - kv: 2 x 40 layers x 5120 x 2 bytes = 0.82 MB a token at the weights' rate;
+    /// - pair: 4 x 40 x 5120 = 0.82 M operations (scores and values) at the token's rate.
+    pub const fn llama_13b_a100() -> Self {
+        Self { weights: 17.0e-3, token: 0.152e-3, kv: 0.54e-6, pair: 4.8e-9, row: 5e-6, host: 0.0 }
+    }
+
+    /// Tokens of KV that fit beside the weights: 43 GB of 80 at 0.82 MB (derived; the rest is activations and slack).
+    pub const LLAMA_13B_A100_KV: u64 = 52_000;
+
+    fn seconds(&self, it: &Iteration) -> f64 {
+        // only a worker that pads has a longest row; its prefill pass is all prefill
+        let decoding = if it.prefill > 0 && it.longest > 0 { 0 } else { it.rows };
+        let computed = (decoding + it.prefill) as f64;
+        (self.weights.powi(4) + (self.token * computed).powi(4)).sqrt().sqrt()
+            + self.kv * it.context as f64
+            + self.pair * it.pairs as f64
+            + self.row * it.rows as f64
+            + self.host
+    }
+
+    /// The linear model nearest by eye, as a worker of this law would announce it: exact for few tokens and for many, and up to a
+    /// fifth off where reading and computing take equally long.
+    pub fn linear(&self, layout: Layout) -> CostModel {
+        // the slope of the norm over the first rows up to where computing takes as long as reading
+        let ridge = self.weights / self.token;
+        let per_row = self.row + (2f64.powf(0.25) - 1.0) * self.weights / ridge;
+        let constant = self.weights + self.host;
+        match layout {
+            Layout::Padded => CostModel::Padded {
+                prefill: PaddedCost { constant: self.host, per_row: self.row, per_position: 0.0, per_cell: self.token },
+                step: PaddedCost { constant, per_row, per_position: 0.0, per_cell: self.kv },
+            },
+            Layout::Paged => CostModel::Paged {
+                prefill: PagedPrefill { constant: 0.0, per_token: self.token, per_pair: self.pair },
+                step: PagedStep { constant, per_row, per_context: self.kv },
+            },
+        }
+    }
+}
+
+impl Pace {
+    /// Exactly what a model says.
+    pub fn linear(model: CostModel, chunk: u32) -> Self {
+        Self { law: Law::Linear(model), chunk, start: Micros::ZERO, noise: Noise::default() }
+    }
+
+    /// A worker of the norm, whose slices cost `start` to begin.
+    pub fn norm(norm: Norm, chunk: u32, start: Micros) -> Self {
+        Self { law: Law::Norm(norm), chunk, start, noise: Noise::default() }
+    }
+
+    /// The same with noise.
+    #[must_use]
+    pub const fn with_noise(self, noise: Noise) -> Self {
+        Self { noise, ..self }
+    }
+}
+
+impl From<Timing> for Pace {
+    fn from(timing: Timing) -> Self {
+        Self::linear(timing.model(), timing.chunk_tokens)
+    }
+}
+
+/// A pace at work: it remembers the factor of the running slice.
+#[derive(Clone, Debug)]
+pub(crate) struct Clock {
+    pace: Pace,
+    random: Random,
+    slice: f64,
+}
+
+impl Clock {
+    pub(crate) fn new(pace: Pace) -> Self {
+        Self { random: Random::new(pace.noise.seed), slice: pace.noise.bias.exp(), pace }
+    }
+
+    pub(crate) fn chunk(&self) -> u64 {
+        self.pace.chunk.into()
+    }
+
+    /// A slice starts: what that costs.
+    pub(crate) fn start(&mut self) -> Micros {
+        let Noise { sigma, bias, .. } = self.pace.noise;
+        if sigma > 0.0 {
+            self.slice = (bias + sigma * self.random.normal()).exp();
+        }
+        self.pace.start
+    }
+
+    pub(crate) fn iteration(&mut self, it: &Iteration) -> Micros {
+        let seconds = match &self.pace.law {
+            Law::Linear(model) => model.iteration(it),
+            Law::Norm(norm) => norm.seconds(it),
+        };
+        let sigma = 2.0 * self.pace.noise.sigma;
+        let step = if sigma > 0.0 { (sigma * self.random.normal()).exp() } else { 1.0 };
+        micros(seconds * self.slice * step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_norm_is_bound_by_weights_for_few_tokens_and_by_tokens_for_many() {
+        let mut clock = Clock::new(Pace::norm(Norm::llama_13b_a100(), 2048, Micros::ZERO));
+        let decode = Iteration { rows: 16, context: 16_000, ..Iteration::default() };
+        // 17 ms of weights, 8.64 ms of KV, 80 us of rows
+        assert_eq!(clock.iteration(&decode), Micros(25_722));
+        let chunk = Iteration { prefill: 2048, pairs: 2048 * 1024, ..Iteration::default() };
+        let took = clock.iteration(&chunk);
+        assert!((took.0 as f64 - 2048.0 * 152.0 - 2048.0 * 1024.0 * 0.0048).abs() < 100.0, "{took}");
+    }
+
+    #[test]
+    fn the_announced_model_is_near_the_law() {
+        let norm = Norm::llama_13b_a100();
+        for (rows, length) in [(1, 50), (16, 200), (32, 1000), (64, 400), (100, 100)] {
+            let rectangle = Iteration { rows, longest: length, context: rows * length, ..Iteration::default() };
+            let pass = Iteration { prefill: rows * length, context: 0, ..rectangle };
+            for it in [rectangle, pass].iter().filter(|it| it.prefill != 50) {
+                let (law, model) = (norm.seconds(it), norm.linear(Layout::Padded).iteration(it));
+                assert!((model / law - 1.0).abs() < 0.2, "{it:?}: {law} and {model}");
+            }
+        }
+    }
+
+    #[test]
+    fn timing_is_its_cost_model_to_the_microsecond() {
+        let timing = Timing::default();
+        let it = Iteration { rows: 7, prefill: 300, ..Iteration::default() };
+        assert_eq!(Clock::new(timing.into()).iteration(&it), Micros(4_000 + 350 + 15_000));
+        let free = Timing { step: Micros(0), per_row: Micros(0), prefill_token_nanos: 0, ..timing };
+        assert_eq!(free.cost_model(), None);
+        assert!(timing.cost_model().is_some_and(|model| micros(model.iteration(&it)) == Micros(19_350)));
+    }
+
+    #[test]
+    fn noise_is_as_wide_as_stated() {
+        let noise = Noise { sigma: 0.05, bias: 0.2, seed: 9 };
+        let mut clock = Clock::new(Pace::from(Timing::default()).with_noise(noise));
+        let logs: Vec<f64> = (0..4000)
+            .map(|_| {
+                clock.start();
+                (clock.iteration(&Iteration::default()).0 as f64 / 4000.0).ln()
+            })
+            .collect();
+        let mean = logs.iter().sum::<f64>() / 4000.0;
+        let sigma = (logs.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 4000.0).sqrt();
+        // sqrt(1 + 4) times a slice's
+        assert!((mean - 0.2).abs() < 0.01 && (sigma - 0.05 * 5f64.sqrt()).abs() < 0.005, "{mean} {sigma}");
     }
 }

@@ -1,45 +1,17 @@
 //! A slice worker as a state machine: the Session contract of `ARCHITECTURE.md` without sockets, model or clock.
-//!
-//! Its tokens are a function of the token before and its place, so every run of a row can be checked against any other.
 
 use std::collections::BTreeMap;
 
-use hashbrown::{HashMap, HashSet};
+use hashbrown::HashMap;
 use router_core::{
-    BatchEnd, BlockHash, BlockSize, Blocks, FinishReason, Keep, Micros, Plan, PlanNo, Refusal, RowKey, RowReport,
-    RowStart, RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerMessage, WorkerSpec, hash_blocks,
+    BatchEnd, BlockHash, BlockSize, Blocks, FinishReason, Iteration, Micros, Plan, PlanNo, Refusal, RowKey, RowReport,
+    SliceReport, Tokens, WorkerMessage, WorkerSpec, hash_blocks,
 };
 
 use crate::kv::{KvPool, RowBlocks};
-use crate::timing::Timing;
-
-/// The token after `previous`, which stands at `position` of prompt and output. Never below 3, so never an eos.
-pub fn next_token(previous: u32, position: usize, vocab: u32) -> u32 {
-    let mut x = ((u64::from(previous) << 32) | position as u64).wrapping_add(0x9E37_79B9_7F4A_7C15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    3 + ((x ^ (x >> 31)) % u64::from(vocab.max(4) - 3)) as u32
-}
-
-/// What a row asks for beyond what the core knows of it.
-#[derive(Clone, Debug, Default)]
-pub struct Terms {
-    /// Ids that end it, from index `min_tokens` on.
-    pub stop_ids: Vec<u32>,
-    /// Tokens it draws at least.
-    pub min_tokens: u32,
-    /// Logprobs of its tokens, with so many of the most likely ids.
-    pub logprobs: Option<u32>,
-}
-
-/// There is no model, so likelihoods are made up: of rank r, from 0, is the id r above the drawn one, half as likely as
-/// the one before it.
-fn made_up_logprobs(id: u32, top: u32, vocab: u32) -> TokenLogprobs {
-    let of_rank = |rank: u32| -(rank as f32 + 1.0) * std::f32::consts::LN_2;
-    let id_of_rank = |rank: u32| (u64::from(id) + u64::from(rank)) % u64::from(vocab);
-    let top = (0..top.min(vocab)).map(|rank| (id_of_rank(rank) as u32, of_rank(rank))).collect();
-    TokenLogprobs { chosen: of_rank(0), top }
-}
+use crate::plans::{Plans, Told, refuse};
+use crate::sequence::{Sequence, Terms, invalid, unreported};
+use crate::timing::{Clock, Pace};
 
 /// A message of the router.
 #[derive(Clone, Debug)]
@@ -59,13 +31,11 @@ pub enum Command {
 }
 
 struct Row {
-    key: RowKey,
+    sequence: Sequence,
     root: BlockHash,
-    tokens: Vec<u32>,
-    prompt: usize,
-    max_tokens: usize,
-    terms: Terms,
     rank: u64,
+    /// Most prefill tokens in an iteration in which another row decodes; zero: the chunk.
+    budget: u64,
     blocks: RowBlocks,
     /// Names of its whole blocks as far as they were needed.
     chain: Vec<BlockHash>,
@@ -77,19 +47,24 @@ struct Row {
 }
 
 impl Row {
-    fn output(&self) -> usize {
-        self.tokens.len() - self.prompt
-    }
-
     /// Names of the whole blocks of its first `tokens` tokens.
     fn chain(&mut self, tokens: usize, size: BlockSize) -> &[BlockHash] {
         let step = size.get() as usize;
         let done = self.chain.len();
         if tokens / step > done {
             let parent = self.chain.last().copied().unwrap_or(self.root);
-            self.chain.extend(hash_blocks(parent, &self.tokens[done * step..tokens], size));
+            self.chain.extend(hash_blocks(parent, &self.sequence.tokens[done * step..tokens], size));
         }
         &self.chain[..tokens / step]
+    }
+
+    /// Tokens that it knows and has not computed.
+    fn wants(&self) -> usize {
+        self.sequence.tokens.len() - self.computed
+    }
+
+    fn decodes(&self) -> bool {
+        self.drew && self.wants() == 1
     }
 
     /// Its KV is gone; it is prefilled again when it runs.
@@ -111,45 +86,50 @@ struct Batch {
     decode: Micros,
     peak: u64,
     idle: Micros,
-    /// The iteration under way: tokens of each row, when it began and when it ends.
+    /// What its start costs, until its first iteration has begun.
+    lead: Micros,
+    /// The iteration under way: tokens of each row, and when it ends.
     iteration: Vec<(RowKey, usize)>,
-    began: Micros,
     ends: Micros,
 }
 
 /// A modelled worker. Feed it commands, wake it when it asks to be woken, send on what it puts out.
 pub struct SliceWorker {
     spec: WorkerSpec,
-    timing: Timing,
+    clock: Clock,
     kv: KvPool,
     rows: HashMap<RowKey, Row>,
     running: Option<Batch>,
-    standing: Option<(Plan, Vec<(RowKey, Terms)>)>,
-    last_ended: PlanNo,
+    plans: Plans,
     ended_at: Option<Micros>,
-    /// Rows of the last batch that did not finish, in its order.
-    survivors: Vec<RowKey>,
-    /// Rows that ended since the last batch started: a plan may still list them.
-    ended: HashSet<RowKey>,
     iterations: u64,
+    evicted: Tokens,
 }
 
 impl SliceWorker {
     /// An idle worker with an empty cache.
-    pub fn new(spec: WorkerSpec, timing: Timing) -> Self {
+    pub fn new(spec: WorkerSpec, pace: impl Into<Pace>) -> Self {
         Self {
             kv: KvPool::new(spec.blocks.0),
             spec,
-            timing,
+            clock: Clock::new(pace.into()),
             rows: HashMap::new(),
             running: None,
-            standing: None,
-            last_ended: PlanNo(0),
+            plans: Plans::default(),
             ended_at: None,
-            survivors: Vec::new(),
-            ended: HashSet::new(),
             iterations: 0,
+            evicted: Tokens::ZERO,
         }
+    }
+
+    /// The batch that runs.
+    pub fn running(&self) -> Option<PlanNo> {
+        self.running.as_ref().map(|batch| batch.no)
+    }
+
+    /// Computed tokens whose KV was taken from rows that had not ended.
+    pub fn evicted(&self) -> Tokens {
+        self.evicted
     }
 
     /// When the iteration under way ends.
@@ -167,7 +147,7 @@ impl SliceWorker {
     pub fn load(&self) -> [u64; 6] {
         let runs = |key: &RowKey| self.running.as_ref().is_some_and(|batch| batch.rows.contains(key));
         let sum = |running: bool| -> (u64, u64) {
-            let rows = self.rows.values().filter(|row| runs(&row.key) == running);
+            let rows = self.rows.values().filter(|row| runs(&row.sequence.key) == running);
             rows.fold((0, 0), |(n, blocks), row| (n + 1, blocks + row.blocks.0.len() as u64))
         };
         let ((running, running_blocks), (held, held_blocks)) = (sum(true), sum(false));
@@ -184,13 +164,10 @@ impl SliceWorker {
         match command {
             Command::Hello => {
                 self.running = None;
-                self.standing = None;
+                self.plans = Plans::default();
                 for (_, mut row) in std::mem::take(&mut self.rows) {
                     self.kv.release(&mut row.blocks);
                 }
-                self.ended.clear();
-                self.survivors.clear();
-                self.last_ended = PlanNo(0);
                 self.ended_at = None;
                 self.kv.stored.clear();
                 self.kv.removed.clear();
@@ -200,7 +177,7 @@ impl SliceWorker {
                 self.deltas(out);
                 self.snapshot(out);
             }
-            Command::Plan(plan, terms) => self.planned(now, plan, terms, out),
+            Command::Plan(plan, terms) => self.planned(now, (plan, terms), out),
             Command::Cut(batch, after) => {
                 if let Some(running) = self.running.as_mut().filter(|running| running.no == batch) {
                     running.cut = Some(after.unwrap_or(0));
@@ -208,12 +185,7 @@ impl SliceWorker {
             }
             Command::Drop(keys) => {
                 for key in keys {
-                    if let Some((plan, _)) = &mut self.standing {
-                        plan.add.retain(|start| start.key != key);
-                        if let Keep::List(list) = &mut plan.keep {
-                            list.retain(|k| *k != key);
-                        }
-                    }
+                    self.plans.strike(key);
                     if let Some(batch) = &mut self.running
                         && let Some(report) = batch.reports.get_mut(&key)
                     {
@@ -247,52 +219,27 @@ impl SliceWorker {
 
     // ---------------------------------------------------------------- plans
 
-    fn planned(&mut self, now: Micros, plan: Plan, terms: Vec<(RowKey, Terms)>, out: &mut Vec<WorkerMessage>) {
+    fn planned(&mut self, now: Micros, told: Told, out: &mut Vec<WorkerMessage>) {
+        let (plan, _) = &told;
         if plan.steps == 0 {
             return refuse(plan.no, Refusal::Unsupported, Vec::new(), "steps".into(), out);
         }
-        if let Some(bad) = plan.add.iter().find(|start| self.invalid(start)) {
+        if let Some(bad) = plan.add.iter().find(|start| invalid(start, &self.spec)) {
             return refuse(plan.no, Refusal::Unsupported, vec![bad.key], "prompt_ids or max_tokens".into(), out);
         }
-        let base_runs = self.running.as_ref().is_some_and(|batch| batch.no == plan.base);
-        let newer = self.standing.as_ref().is_none_or(|(standing, _)| standing.no < plan.no);
-        if base_runs && newer {
-            self.standing = Some((plan, terms));
-        } else if self.running.is_none() && plan.base == self.last_ended {
+        if let Some((plan, terms)) = self.plans.arrive(told, self.running(), out) {
             self.start(now, plan, terms, out);
             self.advance(now, out);
-        } else {
-            refuse(plan.no, Refusal::Stale, Vec::new(), format!("base {} does not run", plan.base), out);
         }
-    }
-
-    fn invalid(&self, start: &RowStart) -> bool {
-        let total = start.prompt.len() as u64 + start.max_tokens.0;
-        start.prompt.is_empty()
-            || start.max_tokens.0 <= start.output.len() as u64
-            || total > self.spec.max_context.0
-            || start.prompt.iter().chain(&start.output).any(|id| *id >= self.spec.model.vocab)
     }
 
     /// Starts a plan, or refuses it. `true` where a batch runs now.
     fn start(&mut self, now: Micros, plan: Plan, terms: Vec<(RowKey, Terms)>, out: &mut Vec<WorkerMessage>) -> bool {
-        let mut members = match &plan.keep {
-            Keep::List(list) => {
-                let unknown: Vec<RowKey> =
-                    list.iter().filter(|k| !self.rows.contains_key(*k) && !self.ended.contains(*k)).copied().collect();
-                if !unknown.is_empty() {
-                    refuse(plan.no, Refusal::UnknownRow, unknown, "keep_rows".into(), out);
-                    return false;
-                }
-                list.clone()
-            }
-            Keep::Survivors => self.survivors.clone(),
-        };
-        members.retain(|key| self.rows.contains_key(key) && !plan.leave.contains(key));
+        let Some(mut members) = self.plans.members(&plan, |key| self.rows.contains_key(key), out) else { return false };
         let size = self.spec.model.block_size;
         let kept = members.iter().map(|key| {
-            let row = &self.rows[key];
-            (row.tokens.len(), row.prompt + row.max_tokens)
+            let sequence = &self.rows[key].sequence;
+            (sequence.tokens.len(), sequence.total())
         });
         let added = plan.add.iter().map(|s| {
             let known = s.prompt.len() + s.output.len();
@@ -316,16 +263,11 @@ impl SliceWorker {
         let mut terms: HashMap<RowKey, Terms> = terms.into_iter().collect();
         for start in plan.add {
             members.push(start.key);
-            let prompt = start.prompt.len();
-            let tokens: Vec<u32> = start.prompt.iter().chain(&start.output).copied().collect();
             let row = Row {
-                key: start.key,
+                sequence: Sequence::new(&start, terms.remove(&start.key).unwrap_or_default()),
                 root: start.root,
-                tokens,
-                prompt,
-                max_tokens: start.max_tokens.0 as usize,
-                terms: terms.remove(&start.key).unwrap_or_default(),
                 rank: start.hold_rank,
+                budget: start.prefill_budget.0,
                 blocks: RowBlocks::default(),
                 chain: Vec::new(),
                 computed: 0,
@@ -334,23 +276,12 @@ impl SliceWorker {
             };
             self.rows.insert(start.key, row);
         }
-        self.ended.clear();
-        let report = |key: &RowKey| {
-            let report = RowReport {
-                key: *key,
-                computed: Tokens::ZERO,
-                cached: Tokens::ZERO,
-                emitted: Tokens::ZERO,
-                finish: None,
-                held: true,
-                prefill_left: Tokens::ZERO,
-            };
-            (*key, report)
-        };
+        self.plans.started();
+        let lead = self.clock.start();
         self.running = Some(Batch {
             no: plan.no,
             steps: plan.steps,
-            reports: members.iter().map(report).collect(),
+            reports: members.iter().map(|key| (*key, unreported(*key))).collect(),
             rows: members,
             done: 0,
             cut: None,
@@ -358,8 +289,8 @@ impl SliceWorker {
             decode: Micros::ZERO,
             peak: 0,
             idle: self.ended_at.map_or(Micros::ZERO, |at| now.saturating_sub(at)),
+            lead,
             iteration: Vec::new(),
-            began: now,
             ends: now,
         });
         true
@@ -386,27 +317,36 @@ impl SliceWorker {
 
     fn begin_iteration(&mut self, now: Micros) {
         let Some(mut batch) = self.running.take() else { return };
-        let mut budget = self.timing.chunk_tokens as usize;
-        let mut prefill = 0;
-        batch.iteration.clear();
+        let mut iteration = std::mem::take(&mut batch.iteration);
+        let mut left = self.clock.chunk();
+        let mut work = Iteration::default();
+        let streams = batch.rows.iter().any(|key| self.rows[key].decodes());
         for key in &batch.rows {
             self.extend_hit(*key, &mut batch.reports);
             let row = &self.rows[key];
-            let want = row.tokens.len() - row.computed;
-            let tokens = if want == 1 && row.drew { 1 } else { want.min(budget) };
-            if want > 1 || !row.drew {
-                budget -= tokens;
-                prefill += tokens;
-            }
+            let known = row.sequence.tokens.len() as u64;
+            let tokens = if row.decodes() {
+                work.rows += 1;
+                work.context += known;
+                1
+            } else {
+                let most = if streams && row.budget > 0 { row.budget.min(left) } else { left };
+                let tokens = (row.wants() as u64).min(most);
+                left -= tokens;
+                work.prefill += tokens;
+                // each attends all before it and itself
+                work.pairs += tokens * row.computed as u64 + tokens * (tokens + 1) / 2;
+                tokens as usize
+            };
             if tokens > 0 {
-                batch.iteration.push((*key, tokens));
+                iteration.push((*key, tokens));
             }
         }
         // Blocks are taken when they are needed, not when the batch starts: what is cached stays as long as it can.
-        for (key, tokens) in batch.iteration.clone() {
-            let need = (self.rows[&key].computed + tokens).div_ceil(self.spec.model.block_size.get() as usize);
-            while self.rows[&key].blocks.0.len() < need {
-                let row = self.rows.get_mut(&key).expect("a row of the batch");
+        for (key, tokens) in &iteration {
+            let need = (self.rows[key].computed + tokens).div_ceil(self.spec.model.block_size.get() as usize);
+            while self.rows[key].blocks.0.len() < need {
+                let row = self.rows.get_mut(key).expect("a row of the batch");
                 if !self.kv.take(&mut row.blocks) {
                     self.evict_held(&batch.rows);
                 }
@@ -414,14 +354,16 @@ impl SliceWorker {
         }
         let used: u64 = batch.rows.iter().map(|key| self.rows[key].blocks.0.len() as u64).sum();
         batch.peak = batch.peak.max(used);
-        let took = self.timing.iteration(batch.iteration.len() as u64, prefill as u64);
-        if prefill > 0 {
+        let took = self.clock.iteration(&work);
+        if work.prefill > 0 {
             batch.prefill += took;
         } else {
             batch.decode += took;
         }
-        batch.began = now;
-        batch.ends = now + took;
+        let lead = std::mem::take(&mut batch.lead);
+        batch.idle += lead;
+        batch.iteration = iteration;
+        batch.ends = now + lead + took;
         self.running = Some(batch);
     }
 
@@ -431,7 +373,7 @@ impl SliceWorker {
         let size = self.spec.model.block_size;
         let step = size.get() as usize;
         let Some(row) = self.rows.get_mut(&key) else { return };
-        let most = (row.tokens.len() - 1) / step * step;
+        let most = (row.sequence.tokens.len() - 1) / step * step;
         if row.drew || row.computed % step != 0 || row.computed >= most || row.blocks.0.len() * step != row.computed {
             return;
         }
@@ -454,11 +396,12 @@ impl SliceWorker {
         let victim = self
             .rows
             .values()
-            .filter(|row| !running.contains(&row.key) && !row.blocks.0.is_empty())
-            .min_by_key(|row| (row.rank, row.key))
-            .map(|row| row.key)
+            .filter(|row| !running.contains(&row.sequence.key) && !row.blocks.0.is_empty())
+            .min_by_key(|row| (row.rank, row.sequence.key))
+            .map(|row| row.sequence.key)
             .expect("a batch within its ceiling always finds its blocks");
         let row = self.rows.get_mut(&victim).expect("just found");
+        self.evicted += Tokens(row.computed as u64);
         self.kv.release(&mut row.blocks);
         row.forget();
     }
@@ -470,7 +413,7 @@ impl SliceWorker {
         let size = self.spec.model.block_size;
         let step = size.get() as usize;
         let mut drawn = Vec::new();
-        for (key, tokens) in std::mem::take(&mut batch.iteration) {
+        for (key, tokens) in batch.iteration.drain(..) {
             // dropped while the iteration ran
             let (Some(row), Some(report)) = (self.rows.get_mut(&key), batch.reports.get_mut(&key)) else { continue };
             let full_before = row.computed / step;
@@ -482,31 +425,23 @@ impl SliceWorker {
                     self.kv.name(&mut row.blocks, at, hash);
                 }
             }
-            if row.computed < row.tokens.len() {
+            if row.wants() > 0 {
                 continue;
             }
-            let position = row.tokens.len() - 1;
-            let id = next_token(row.tokens[position], position, self.spec.model.vocab);
-            let first_index = row.output() as u32;
-            row.tokens.push(id);
-            report.emitted += Tokens(1);
-            let cached = (!row.drew).then_some(Tokens(row.hit.min(row.prompt) as u64));
+            let cached = (!row.drew).then_some(Tokens(row.hit.min(row.sequence.prompt) as u64));
             row.drew = true;
-            let stops = row.terms.stop_ids.contains(&id) && first_index >= row.terms.min_tokens;
-            let finish = if stops {
-                Some(FinishReason::Stop)
-            } else {
-                (row.output() >= row.max_tokens).then_some(FinishReason::Length)
-            };
-            report.finish = finish;
-            let asked = row.terms.logprobs.iter();
-            let logprobs = asked.map(|top| made_up_logprobs(id, *top, self.spec.model.vocab)).collect();
-            drawn.push(RowTokens { key, first_index, ids: vec![id], logprobs, finish, cached });
-            if finish.is_some() {
+            let token = row.sequence.draw(self.spec.model.vocab, cached);
+            report.emitted += Tokens(1);
+            report.finish = token.finish;
+            if token.finish.is_some() {
                 report.held = false;
                 batch.rows.retain(|k| *k != key);
-                self.end(key);
+                if let Some(mut row) = self.rows.remove(&key) {
+                    self.kv.release(&mut row.blocks);
+                    self.plans.row_ended(key);
+                }
             }
+            drawn.push(token);
         }
         self.running = Some(batch);
         self.deltas(out);
@@ -519,23 +454,18 @@ impl SliceWorker {
     fn end_batch(&mut self, now: Micros, end: BatchEnd, out: &mut Vec<WorkerMessage>) {
         let Some(batch) = self.running.take() else { return };
         self.deltas(out);
-        self.last_ended = batch.no;
         self.ended_at = Some(now);
         let mut rows: Vec<RowReport> = batch.reports.into_values().collect();
         for report in &mut rows {
             if let Some(row) = self.rows.get(&report.key) {
-                let left = row.tokens.len() - row.computed;
-                report.prefill_left = Tokens(if row.drew { 0 } else { left as u64 });
+                report.prefill_left = Tokens(if row.drew { 0 } else { row.wants() as u64 });
             }
         }
-        self.survivors = batch.rows;
-        let started = match self.standing.take() {
-            Some((plan, terms)) if plan.base == batch.no => {
-                let no = plan.no;
-                self.start(now, plan, terms, out).then_some(no)
-            }
-            _ => None,
-        };
+        let next = self.plans.batch_ended(batch.no, batch.rows);
+        let started = next.and_then(|(plan, terms)| {
+            let no = plan.no;
+            self.start(now, plan, terms, out).then_some(no)
+        });
         out.push(WorkerMessage::SliceReported(SliceReport {
             batch: batch.no,
             end,
@@ -556,7 +486,7 @@ impl SliceWorker {
     fn end(&mut self, key: RowKey) {
         if let Some(mut row) = self.rows.remove(&key) {
             self.kv.release(&mut row.blocks);
-            self.ended.insert(key);
+            self.plans.row_ended(key);
         }
     }
 
@@ -575,8 +505,4 @@ impl SliceWorker {
 
 fn ceiling(tokens: usize, steps: u32, total: usize, size: BlockSize) -> u64 {
     Tokens(((tokens + steps as usize).min(total) - 1) as u64).blocks(size).0
-}
-
-fn refuse(plan: PlanNo, reason: Refusal, rows: Vec<RowKey>, detail: String, out: &mut Vec<WorkerMessage>) {
-    out.push(WorkerMessage::Refused { plan, reason, rows, detail });
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use baseline::{LeastRequests, Random, RoundRobin};
-pub use product::Product;
+pub use product::{Product, ProductTime};
 
 use crate::ids::WorkerId;
 use crate::units::{Blocks, Micros, Tokens};
@@ -27,7 +27,8 @@ pub struct Candidate {
     pub batch_size: u64,
     /// `W`: committed work.
     pub work: Micros,
-    /// Time of one slice there with this row in it, queued prefill and its own included.
+    /// Time of one slice there with this row in it, queued prefill and its own included; zero where the policy does not
+    /// ask for it.
     pub joined: Micros,
     /// Blocks that the running batch cannot need.
     pub free: Blocks,
@@ -80,6 +81,8 @@ fn from_turn(view: View<'_>, turn: u64, at: usize) -> u64 {
 pub enum PolicyName {
     /// `(Q + u) * (b + 1)`.
     Product,
+    /// The product in seconds.
+    ProductTime,
     /// In turn.
     RoundRobin,
     /// Uniform.
@@ -90,12 +93,13 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Product, Self::RoundRobin, Self::Random, Self::LeastRequests];
+    pub const ALL: [Self; 5] = [Self::Product, Self::ProductTime, Self::RoundRobin, Self::Random, Self::LeastRequests];
 
     /// The policy; `seed` is used by `random` alone.
     pub fn policy(self, seed: u64) -> Box<dyn Policy> {
         match self {
             Self::Product => Box::new(Product),
+            Self::ProductTime => Box::new(ProductTime),
             Self::RoundRobin => Box::new(RoundRobin),
             Self::Random => Box::new(Random { seed }),
             Self::LeastRequests => Box::new(LeastRequests),
@@ -106,6 +110,7 @@ impl PolicyName {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Product => "product",
+            Self::ProductTime => "product_time",
             Self::RoundRobin => "round_robin",
             Self::Random => "random",
             Self::LeastRequests => "least_requests",
@@ -121,7 +126,7 @@ impl fmt::Display for PolicyName {
 
 /// There is no policy of this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no such policy: {0}\npolicies: product, round_robin, random, least_requests")]
+#[error("no such policy: {0}\npolicies: product, product_time, round_robin, random, least_requests")]
 pub struct UnknownPolicy(String);
 
 impl FromStr for PolicyName {
@@ -186,6 +191,20 @@ mod tests {
         let mut counts = [0; 4];
         (0..4000).for_each(|turn| counts[winner(PolicyName::Random, &candidates, turn)] += 1);
         assert!(counts.iter().all(|c| (850..1150).contains(c)), "{counts:?}");
+    }
+
+    #[test]
+    fn seconds_count_what_tokens_do_not() {
+        // as many new tokens and rows, but one worker's rows see long contexts: its slice takes longer
+        let mut slow = candidate(0, 10, 0, 4);
+        slow.joined = Micros(300_000);
+        let mut quick = candidate(1, 40, 0, 4);
+        quick.joined = Micros(200_000);
+        assert_eq!(winner(PolicyName::Product, &[slow, quick], 0), 0);
+        assert_eq!(winner(PolicyName::ProductTime, &[slow, quick], 0), 1);
+        // and rows that would wait for it count as in the product
+        quick.batch_size = 9;
+        assert_eq!(winner(PolicyName::ProductTime, &[slow, quick], 0), 0);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod moves;
 mod placement;
+pub(crate) mod pooled;
 mod requests;
 mod slices;
 mod workers;
@@ -13,6 +14,7 @@ mod workers;
 use std::collections::{BTreeMap, VecDeque};
 
 use hashbrown::HashMap;
+use smallvec::SmallVec;
 
 use crate::block::{BlockHash, hash_blocks};
 use crate::cost::Estimator;
@@ -100,6 +102,7 @@ pub struct Scheduler {
     touched: Vec<WorkerId>,
     /// A slice ended: a worker may take what waits elsewhere.
     slice_ended: bool,
+    rounds: pooled::Rounds,
     depths: Vec<usize>,
     scores: Vec<u128>,
 }
@@ -127,6 +130,7 @@ impl Scheduler {
             moves: Moves::default(),
             touched: Vec::new(),
             slice_ended: false,
+            rounds: pooled::Rounds::default(),
             depths: Vec::new(),
             scores: Vec::new(),
         }
@@ -147,17 +151,29 @@ impl Scheduler {
             self.take(now, event, actions);
         }
         self.place(now, actions);
-        self.balance(now, actions);
-        self.touched.sort_unstable();
-        self.touched.dedup();
-        let touched = std::mem::take(&mut self.touched);
-        for &worker in &touched {
-            self.plan(now, worker, actions);
+        let mut changed = self.plan_touched(now, actions);
+        if std::mem::take(&mut self.slice_ended) {
+            self.balance(now, actions);
+            changed.extend(self.plan_touched(now, actions));
+        }
+        for worker in changed {
             self.consider_cut(now, worker, actions);
         }
-        // planning touches again: nothing is left to do for those
+    }
+
+    /// Plans for the workers of which something changed, in order of slot; says which they were.
+    fn plan_touched(&mut self, now: Micros, actions: &mut Vec<Action>) -> SmallVec<[WorkerId; 4]> {
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        for &worker in &touched {
+            self.plan(now, worker, actions);
+        }
+        let changed = touched.iter().copied().collect();
+        // planning touches the same workers again: nothing is left to do for them
+        touched.clear();
         self.touched = touched;
-        self.touched.clear();
+        changed
     }
 
     fn take(&mut self, now: Micros, event: Event, actions: &mut Vec<Action>) {
@@ -183,12 +199,15 @@ impl Scheduler {
     }
 
     fn plan(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
-        let slice_len = self.slice_len();
+        if self.pooled().is_some() {
+            return self.plan_formed(now, id, actions);
+        }
+        let (slice_len, cuts) = (self.slice_len(), self.config.mode == Mode::Slice);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         if !std::mem::take(&mut worker.dirty) {
             return;
         }
-        let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) else { return };
+        let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len, cuts) else { return };
         for start in &plan.add {
             if let Some(home) = here(&mut self.rows, start.key, id) {
                 home.budget = start.prefill_budget;
@@ -203,7 +222,7 @@ impl Scheduler {
         // and the plan after it stands from the start, so that the worker never waits for a report
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.dirty = false;
-        if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len) {
+        if let Some((batch, plan)) = plan::next(worker, &self.rows, slice_len, cuts) {
             actions.push(Action::Plan(id, plan));
             self.sent(id, batch);
         }
@@ -229,7 +248,8 @@ impl Scheduler {
         match (self.config.slice_len, self.config.mode) {
             (Some(fixed), _) => fixed,
             (None, Mode::Ils) => 1,
-            (None, _) => self.mean_output.slice_len(),
+            (None, Mode::Pooled(pooled)) => pooled.slice_len.unwrap_or(u32::MAX),
+            (None, Mode::Slice) => self.mean_output.slice_len(),
         }
     }
 

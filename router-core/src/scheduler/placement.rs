@@ -2,11 +2,12 @@
 
 use super::Scheduler;
 use crate::block::{BlockHash, new_tokens};
+use crate::cost::Layout;
 use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
 use crate::index::PrefixIndex;
-use crate::policy::{Candidate, View, choose};
+use crate::policy::{Candidate, PolicyName, View, choose};
 use crate::row::{Home, Place, Row, Stage};
 use crate::units::{Blocks, Micros, Tokens};
 
@@ -18,6 +19,9 @@ const MAX_LOSSES: u32 = 2;
 impl Scheduler {
     /// Gives every row of the pool a worker: most work first, each choice committed before the next is made.
     pub(super) fn place(&mut self, now: Micros, actions: &mut Vec<Action>) {
+        if let Some(pooled) = self.pooled() {
+            return self.round(now, pooled, actions);
+        }
         if !std::mem::take(&mut self.place_pool) || self.pool.is_empty() {
             return;
         }
@@ -67,6 +71,7 @@ impl Scheduler {
     ) -> Option<Decision> {
         self.index.matched(chain, &mut self.depths);
         let (size, slice_len) = (self.model.block_size, self.slice_len());
+        let timed = self.config.policy == PolicyName::ProductTime;
         let depth = |worker: WorkerId| self.depths.get(worker.0 as usize).copied().unwrap_or(0);
         let new_of = |worker| new_tokens(tokens, depth(worker), size);
         let candidates: Vec<Candidate> = self
@@ -79,7 +84,7 @@ impl Scheduler {
                 queued: w.queued,
                 batch_size: w.batch_size(),
                 work: w.work(now),
-                joined: w.joined(tokens, new_of(worker), slice_len),
+                joined: if timed { w.joined(tokens, new_of(worker), slice_len) } else { Micros::ZERO },
                 free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |r| r.batch.ceiling)),
             })
             .collect();
@@ -104,7 +109,10 @@ impl Scheduler {
         let slice_len = self.slice_len();
         let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
         let eta = worker.eta(now, row.tokens(), prefill, row.total().saturating_sub(row.tokens()));
-        let work = worker.work_of(row.tokens(), prefill, row.slice(slice_len));
+        let steps = row.slice(slice_len);
+        let work = worker.work_of(row.tokens(), prefill, steps);
+        // a rectangle leaves nothing to find
+        let committed = worker.spec.layout == Layout::Paged;
         row.place = Place::At(Home {
             worker: at,
             known: false,
@@ -112,19 +120,22 @@ impl Scheduler {
             work,
             stage: Stage::Waiting,
             budget: Tokens::ZERO,
-            committed: true,
+            committed,
         });
         row.last_worker = Some(at);
         row.weighed = row.output.len();
         worker.queued += prefill;
         worker.context += row.tokens();
+        worker.bare = worker.bare_slice(steps.0 as u32);
         worker.waiting += 1;
         worker.unplanned += work;
         worker.rows.insert(row.order, id);
         worker.joins.placed(now);
         worker.dirty = true;
         self.touched.push(at);
-        self.index.commit(at, &row.chain);
+        if committed {
+            self.index.commit(at, &row.chain);
+        }
         actions.push(Action::Placed(id, at, eta));
     }
 

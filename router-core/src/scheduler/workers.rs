@@ -99,7 +99,7 @@ impl Scheduler {
             }
             WorkerMessage::SliceReported(report) => self.reported(now, id, &report, actions),
             WorkerMessage::Refused { plan, reason, rows, detail } => {
-                self.refused(now, id, plan, reason, &rows, &detail, actions);
+                self.refused(id, plan, reason, &rows, &detail, actions);
             }
             WorkerMessage::Heartbeat => {}
         }
@@ -186,9 +186,12 @@ impl Scheduler {
         }
         self.ended(id, running, report);
         self.slice_ended = true;
+        let mut goes_on = Vec::new();
         for row in &report.rows {
-            self.row_reported(now, id, row, actions);
+            goes_on.extend(self.row_reported(id, row, actions));
         }
+        self.weigh_moves(now, id, &goes_on, actions);
+        self.formed_ended(id, report.batch, actions);
         // The plan that starts now. Where the worker had none but one is on its way, that one starts on arrival;
         // of several the first does, and the worker answers STALE to the others.
         let Some(worker) = self.workers.get_mut(&id) else { return };
@@ -208,29 +211,40 @@ impl Scheduler {
         }
     }
 
-    /// The finished slice's commit is taken back, the next one's made.
-    pub(super) fn row_reported(&mut self, now: Micros, at: WorkerId, report: &RowReport, actions: &mut Vec<Action>) {
+    /// The finished slice's commit is taken back, the next one's made. Gives the row back if it goes on here and no move
+    /// of it was weighed for S tokens.
+    pub(super) fn row_reported(
+        &mut self,
+        at: WorkerId,
+        report: &RowReport,
+        actions: &mut Vec<Action>,
+    ) -> Option<RowId> {
         let slice_len = self.slice_len();
-        let Some(row) = self.rows.get_mut(&report.key.row) else { return };
+        let row = self.rows.get_mut(&report.key.row)?;
         if row.attempt != report.key.attempt || !row.is_at(at) {
-            return;
+            return None;
         }
         match report.finish {
             None => {}
             Some(FinishReason::Error) => {
                 let why = "the worker failed to run it".to_owned();
-                return self.finish(report.key.row, FinishReason::Error, Some(why), actions);
+                self.finish(report.key.row, FinishReason::Error, Some(why), actions);
+                return None;
             }
             // the step that said so was lost, and perhaps tokens with it: they are drawn again
-            Some(_) => return self.lose(report.key.row, true, "its last tokens were lost", actions),
+            Some(_) => {
+                self.lose(report.key.row, true, "its last tokens were lost", actions);
+                return None;
+            }
         }
         let id = report.key.row;
         let evicted = !report.held && row.cached.is_some();
         let prefilled = report.held && report.prefill_left == Tokens::ZERO;
         let prefill = if report.held { report.prefill_left.min(row.tokens()) } else { row.tokens() };
         let steps = row.slice(slice_len);
+        let due = row.output.len() >= row.weighed + slice_len as usize;
         let (tokens, chain) = (row.tokens(), row.chain.clone());
-        let (Some(home), Some(worker)) = (row.home_mut(), self.workers.get_mut(&at)) else { return };
+        let (Some(home), Some(worker)) = (row.home_mut(), self.workers.get_mut(&at)) else { return None };
         let work = worker.work_of(tokens, prefill, steps);
         worker.queued = worker.queued.saturating_sub(home.prefill) + prefill;
         let stage = home.stage;
@@ -250,14 +264,13 @@ impl Scheduler {
                 self.drop_at_worker(id, actions);
                 self.send_back(id);
             }
-        } else if prefilled {
-            self.weigh_move(now, id, at, actions);
+            return None;
         }
+        (prefilled && due).then_some(id)
     }
 
     pub(super) fn refused(
         &mut self,
-        now: Micros,
         id: WorkerId,
         plan: PlanNo,
         reason: Refusal,
@@ -310,13 +323,14 @@ impl Scheduler {
             }
         }
         self.blame(id, &batch, reason, rows, detail, actions);
+        self.formed_refused(id);
         // of several plans on their way to an idle worker the next one starts instead
         if let Some(worker) = self.workers.get_mut(&id)
             && worker.running.is_none()
             && let Some(at) = worker.sent.iter().position(|batch| batch.base == worker.last_ended)
         {
             let next = worker.sent.remove(at);
-            self.started(now, id, next, None, actions);
+            self.started(self.now, id, next, None, actions);
         }
     }
 

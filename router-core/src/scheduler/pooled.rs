@@ -1,0 +1,331 @@
+//! The pooled family of the SCLS paper (arXiv 2406.13511): rows wait in the pool until a round, which cuts them into
+//! batches and gives each batch to a worker, where it waits its turn. At a batch's end its unfinished rows come back to
+//! the pool and are prefilled again wherever the next round takes them.
+
+use std::cmp::Reverse;
+use std::collections::VecDeque;
+
+use super::{Scheduler, here};
+use crate::batch::Batcher;
+use crate::cost::{BatchLoad, Layout};
+use crate::event::{Action, Keep, Plan, RowStart};
+use crate::ids::{PlanNo, RowId, RowKey, WorkerId};
+use crate::memory::{Extent, batch_ceiling};
+use crate::mode::{Batching, Interval, Mode, Offload, Pooled};
+use crate::offload::Offloader;
+use crate::plan::{MOST_TOLD, start};
+use crate::row::Row;
+use crate::units::{Micros, Tokens};
+use crate::worker::{Batch, Worker};
+
+/// Batches of a worker that wait or run, and their time.
+#[derive(Default)]
+pub(crate) struct Queue {
+    /// Not sent yet, first to run first.
+    formed: VecDeque<Formed>,
+    /// The running batch and the one that stands.
+    sent: Vec<(PlanNo, Formed)>,
+    /// Time of all of them, as it was added.
+    load: Micros,
+}
+
+/// A batch that was given to a worker.
+struct Formed {
+    rows: Vec<RowKey>,
+    /// Its part of the load.
+    time: Micros,
+}
+
+/// When the pool is cut into batches, and whose turn it is.
+#[derive(Default)]
+pub(super) struct Rounds {
+    last: Option<Micros>,
+    /// The wake-up that was asked for.
+    asked: Option<Micros>,
+    turn: usize,
+}
+
+/// A batch that has no worker yet.
+struct Cut {
+    rows: Vec<RowId>,
+    /// Workers that take fewer tokens of a row do not take it.
+    least: Tokens,
+    time: Micros,
+}
+
+impl Queue {
+    /// Neither a batch to run nor one that runs.
+    fn is_empty(&self) -> bool {
+        self.formed.is_empty() && self.sent.is_empty()
+    }
+
+    /// Time of the batches that wait to be sent, where any do.
+    pub(crate) fn waiting(&self) -> Option<Micros> {
+        (!self.formed.is_empty()).then(|| self.formed.iter().map(|formed| formed.time).sum())
+    }
+}
+
+impl Scheduler {
+    pub(super) fn pooled(&self) -> Option<Pooled> {
+        match self.config.mode {
+            Mode::Pooled(pooled) => Some(pooled),
+            Mode::Slice | Mode::Ils => None,
+        }
+    }
+
+    /// If it is time: all rows of the pool become batches, and each batch gets a worker.
+    pub(super) fn round(&mut self, now: Micros, pooled: Pooled, actions: &mut Vec<Action>) {
+        if !std::mem::take(&mut self.place_pool) || self.pool.is_empty() {
+            return;
+        }
+        // without a worker there is nothing to wait for
+        let workers = self.workers.values().any(|worker| worker.synced);
+        if workers && !self.is_due(now, pooled.interval, actions) {
+            return;
+        }
+        let mut waiting = std::mem::take(&mut self.pool);
+        waiting.retain(|id| self.rows.contains_key(id));
+        waiting.sort_by_key(|id| self.rows[id].order);
+        if workers && !waiting.is_empty() {
+            self.rounds.last = Some(now);
+        }
+        waiting = self.offload(now, pooled, waiting, Worker::ready, actions);
+        // what fits on no worker that takes new rows goes on where it is allowed to finish
+        waiting = self.offload(now, pooled, waiting, |worker| worker.synced && worker.draining, actions);
+        for id in waiting {
+            self.keep_in_pool(now, id, actions);
+        }
+    }
+
+    /// Whether it is time for a round; if not, and it is known when, a wake-up is asked for.
+    fn is_due(&mut self, now: Micros, interval: Interval, actions: &mut Vec<Action>) -> bool {
+        let wait = match interval {
+            Interval::AtOnce => return self.workers.values().any(|worker| worker.synced && worker.queue.is_empty()),
+            Interval::Fixed(tick) => tick,
+            Interval::Adaptive { share, least } => {
+                let loads = self.workers.values().filter(|worker| worker.ready()).map(|worker| worker.queue.load);
+                // a cast saturates
+                Micros((loads.min().unwrap_or_default().0 as f64 * share) as u64).max(least)
+            }
+        };
+        let due = self.rounds.last.map_or(now, |last| last + wait);
+        if now < due && self.rounds.asked != Some(due) {
+            self.rounds.asked = Some(due);
+            actions.push(Action::WakeAt(due));
+        }
+        due <= now
+    }
+
+    /// Cuts rows into batches for these workers and queues them there. Rows for which none of them is large enough are
+    /// given back; those for which none is free now stay in the pool.
+    fn offload(
+        &mut self,
+        now: Micros,
+        pooled: Pooled,
+        mut waiting: Vec<RowId>,
+        takes: impl Fn(&Worker) -> bool,
+        actions: &mut Vec<Action>,
+    ) -> Vec<RowId> {
+        let workers: Vec<(WorkerId, &Worker)> =
+            self.workers.iter().filter(|(_, worker)| takes(worker)).map(|(id, worker)| (*id, worker)).collect();
+        if workers.is_empty() || waiting.is_empty() {
+            return waiting;
+        }
+        let most: Vec<Tokens> = workers.iter().map(|(_, worker)| worker.spec.most_tokens()).collect();
+        let mut limits = most.clone();
+        limits.sort_unstable();
+        limits.dedup();
+        // Rows that fit every worker are cut for the smallest, so that all may take their batches; then those that need
+        // a larger one. Where workers are alike there is one such class.
+        let mut cuts = Vec::new();
+        for least in limits {
+            let fits = |id: &RowId| self.rows[id].total() <= least;
+            let (rows, larger) = waiting.into_iter().partition(fits);
+            waiting = larger;
+            let able: Vec<&Worker> =
+                workers.iter().map(|(_, worker)| *worker).filter(|worker| worker.spec.most_tokens() >= least).collect();
+            cuts.extend(self.cut(pooled, rows, least, &able));
+        }
+        if pooled.offload == Offload::MaxMin {
+            cuts.sort_by_key(|cut| Reverse(cut.time));
+        }
+        let mut free: Vec<bool> =
+            workers.iter().map(|(_, worker)| pooled.interval != Interval::AtOnce || worker.queue.is_empty()).collect();
+        let loads = workers.iter().map(|(_, worker)| worker.queue.load).collect();
+        let ids: Vec<WorkerId> = workers.iter().map(|(id, _)| *id).collect();
+        let mut offloader = Offloader::new(loads).at_turn(self.rounds.turn);
+        for cut in cuts {
+            let may = |at: usize| free[at] && most[at] >= cut.least;
+            let chosen = match pooled.offload {
+                Offload::RoundRobin => offloader.next(may),
+                Offload::MaxMin => offloader.least(may),
+            };
+            let Some(at) = chosen else {
+                self.pool.extend(cut.rows);
+                continue;
+            };
+            // a worker that had nothing gets one batch: by the time it wants another, more rows may have come
+            free[at] = pooled.interval != Interval::AtOnce;
+            let time = self.workers.get(&ids[at]).map_or(Micros::ZERO, |worker| self.batch_time(worker, &cut.rows));
+            offloader.add(at, time);
+            self.queue_at(now, ids[at], cut.rows, time, actions);
+        }
+        self.rounds.turn = offloader.turn();
+        waiting
+    }
+
+    /// Batches of rows that fit all of these workers alone.
+    fn cut(&self, pooled: Pooled, rows: Vec<RowId>, least: Tokens, able: &[&Worker]) -> Vec<Cut> {
+        let Some(first) = able.first() else { return Vec::new() };
+        let rows_of = |worker: &&Worker| worker.cap.map_or(worker.spec.max_rows, |cap| cap as u32);
+        let batcher = Batcher {
+            model: *first.estimator.model(),
+            // a rectangle needs no less than rows in blocks
+            layout: if able.iter().any(|w| w.spec.layout == Layout::Padded) { Layout::Padded } else { Layout::Paged },
+            capacity: able.iter().map(|worker| worker.spec.blocks).min().unwrap_or_default(),
+            block_size: self.model.block_size,
+            max_rows: able.iter().map(rows_of).min().unwrap_or(1).max(1),
+            steps: self.steps(rows.iter()),
+        };
+        let extents: Vec<Extent> = rows.iter().map(|id| self.rows[id].extent()).collect();
+        let most = batcher.max_rows;
+        let split = match pooled.batching {
+            Batching::Fcfs(n) => batcher.in_order(&extents, n.min(most)),
+            Batching::Sorted(n) => batcher.by_length(&extents, n.min(most)),
+            Batching::Dp => batcher.split_rows(&extents),
+        };
+        let groups = split.batches.into_iter().map(|group| group.rows);
+        // each fits alone; should one not after all, the worker says so
+        let alone = split.infeasible.into_iter().map(|at| vec![at]);
+        let cuts = groups.chain(alone).map(|group| {
+            let rows: Vec<RowId> = group.into_iter().map(|at| rows[at]).collect();
+            Cut { least, time: self.batch_time(first, &rows), rows }
+        });
+        cuts.collect()
+    }
+
+    /// Iterations after which all of these rows are at their limits, and no more than S.
+    fn steps<'a>(&self, rows: impl Iterator<Item = &'a RowId>) -> u32 {
+        let most = self.slice_len();
+        let left = rows.filter_map(|id| self.rows.get(id)).map(|row| row.slice(most).0).max();
+        left.map_or(1, |left| (left as u32).max(1))
+    }
+
+    /// Time of all iterations of a batch on a worker.
+    fn batch_time(&self, worker: &Worker, rows: &[RowId]) -> Micros {
+        let tokens = || rows.iter().filter_map(|id| self.rows.get(id)).map(Row::tokens);
+        let context = tokens().sum();
+        let longest = tokens().max().unwrap_or_default();
+        let load = BatchLoad { rows: rows.len() as u64, longest, context, uncached: context };
+        worker.estimator.time(worker.estimator.model().slice(&load, u64::from(self.steps(rows.iter()))))
+    }
+
+    fn queue_at(&mut self, now: Micros, at: WorkerId, ids: Vec<RowId>, time: Micros, actions: &mut Vec<Action>) {
+        let mut rows = Vec::with_capacity(ids.len());
+        for id in ids {
+            let Some(row) = self.rows.get(&id) else { continue };
+            rows.push(row.key());
+            let tokens = row.tokens();
+            self.settle(now, id, at, tokens, actions);
+        }
+        if let Some(worker) = self.workers.get_mut(&at) {
+            worker.queue.formed.push_back(Formed { rows, time });
+            worker.queue.load += time;
+        }
+    }
+
+    /// The worker gets its first batch, and the one after it to stand.
+    pub(super) fn plan_formed(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
+        while let Some((batch, plan)) = self.next_formed(id) {
+            for start in &plan.add {
+                if let Some(home) = here(&mut self.rows, start.key, id) {
+                    home.budget = start.prefill_budget;
+                }
+            }
+            actions.push(Action::Plan(id, plan));
+            if self.workers.get(&id).is_some_and(|worker| worker.running.is_some()) {
+                self.sent(id, batch);
+            } else {
+                // nothing runs: it starts on arrival
+                self.started(now, id, batch, None, actions);
+            }
+        }
+    }
+
+    fn next_formed(&mut self, id: WorkerId) -> Option<(Batch, Plan)> {
+        let slice_len = self.slice_len();
+        let worker = self.workers.get_mut(&id)?;
+        if worker.running.is_some() && !worker.sent.is_empty() {
+            return None;
+        }
+        let most = worker.cap.unwrap_or(usize::MAX).clamp(1, (worker.spec.max_rows as usize).max(1));
+        while let Some(mut formed) = worker.queue.formed.pop_front() {
+            let here = |row: &&Row, key: &RowKey| row.attempt == key.attempt && row.is_at(id);
+            let rows = formed.rows.iter().filter_map(|key| self.rows.get(&key.row).filter(|row| here(row, key)));
+            let mut rows: Vec<&Row> = rows.collect();
+            // what a message or a worker that refused more does not take runs next
+            let mut told = Tokens::ZERO;
+            let fit = rows.iter().take(most).take_while(|row| {
+                let first = told == Tokens::ZERO;
+                told += row.tokens();
+                first || told <= MOST_TOLD
+            });
+            let rest: Vec<RowKey> = rows.split_off(fit.count()).into_iter().map(Row::key).collect();
+            if rows.is_empty() {
+                worker.queue.load = worker.queue.load.saturating_sub(formed.time);
+                continue;
+            }
+            let added: Vec<RowKey> = rows.iter().map(|row| row.key()).collect();
+            let add: Vec<RowStart> = rows.iter().map(|row| start(row, worker)).collect();
+            let steps = rows.iter().map(|row| row.slice(slice_len).0 as u32).max().unwrap_or(1).max(1);
+            let extents: Vec<Extent> = rows.iter().map(|row| row.extent()).collect();
+            let ceiling = batch_ceiling(worker.spec.layout, &extents, steps, self.model.block_size);
+            if !rest.is_empty() {
+                worker.queue.formed.push_front(Formed { rows: rest, time: Micros::ZERO });
+            }
+            let (base, no, expected) = (worker.base(), worker.next_plan(), formed.time);
+            formed.rows.clone_from(&added);
+            worker.queue.sent.push((no, formed));
+            let keep = Keep::List(Vec::new());
+            let plan = Plan { no, base, keep, leave: Vec::new(), add, steps, ceiling, ranks: Vec::new() };
+            let (members, joining) = (added.clone(), added.clone());
+            return Some((Batch { no, base, steps, members, joining, added, ceiling, expected }, plan));
+        }
+        None
+    }
+
+    /// A batch ended: its time is taken back, and its unfinished rows come back to the pool.
+    pub(super) fn formed_ended(&mut self, id: WorkerId, batch: PlanNo, actions: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(at) = worker.queue.sent.iter().position(|(no, _)| *no == batch) else { return };
+        let (_, formed) = worker.queue.sent.remove(at);
+        worker.queue.load = worker.queue.load.saturating_sub(formed.time);
+        for key in formed.rows {
+            if self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)) {
+                self.drop_at_worker(key.row, actions);
+                self.send_back(key.row);
+            }
+        }
+        // also without rows to place: the worker may have nothing to run next
+        self.place_pool = true;
+    }
+
+    /// Plans were refused: what will not start any more is sent again, before what waits.
+    pub(super) fn formed_refused(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        for at in (0..worker.queue.sent.len()).rev() {
+            let no = worker.queue.sent[at].0;
+            if worker.runs(no) || worker.sent.iter().any(|batch| batch.no == no) {
+                continue;
+            }
+            let (_, formed) = worker.queue.sent.remove(at);
+            if formed.rows.iter().any(|key| here(&mut self.rows, *key, id).is_some()) {
+                worker.queue.formed.push_front(formed);
+            } else {
+                worker.queue.load = worker.queue.load.saturating_sub(formed.time);
+                // it may have nothing to run now
+                self.place_pool = true;
+            }
+        }
+    }
+}

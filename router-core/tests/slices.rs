@@ -1,0 +1,296 @@
+//! From slice to slice, by hand: cuts, S, long prompts, moves, what was foreseen.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Pool, W, has, key, plans, pool, pool_of, spec};
+use router_core::{
+    Action, BatchEnd, BlockHash, Blocks, CostModel, Event, FinishReason, Micros, NewRequest, PagedPrefill, PagedStep,
+    Plan, PlanNo, RequestId, RowReport, RowTokens, SliceReport, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+};
+
+fn cost() -> CostModel {
+    let prefill = PagedPrefill { constant: 0.0, per_token: 1e-4, per_pair: 0.0 };
+    CostModel::Paged { prefill, step: PagedStep { constant: 4e-3, per_row: 1e-3, per_context: 0.0 } }
+}
+
+fn arrival(id: u64, prompt: usize, max_tokens: u64) -> NewRequest {
+    let prompt: Arc<[u32]> = vec![1; prompt].into();
+    let (id, root) = (RequestId(id), BlockHash(id));
+    NewRequest { id, prompt, root, choices: 1, max_tokens: Tokens(max_tokens), urgent: false }
+}
+
+fn asks(pool: &mut Pool, request: NewRequest) -> Vec<Action> {
+    pool.event(Event::RequestArrived(request))
+}
+
+fn cut(actions: &[Action]) -> bool {
+    has(actions, |a| matches!(a, Action::Cut(..)))
+}
+
+/// A batch ended: `exposed` is what the start of the next one cost.
+fn ends(pool: &mut Pool, batch: u64, next: Option<u64>, steps: u32, exposed: u64, rows: &[u64]) -> Vec<Action> {
+    let row = |id: &u64| RowReport {
+        key: key(*id, 0),
+        computed: Tokens(1),
+        cached: Tokens(0),
+        emitted: Tokens(u64::from(steps)),
+        finish: None,
+        held: true,
+        prefill_left: Tokens(0),
+    };
+    pool.says(WorkerMessage::SliceReported(SliceReport {
+        batch: PlanNo(batch),
+        end: BatchEnd::Steps,
+        next: next.map(PlanNo),
+        steps,
+        prefill: Micros(0),
+        decode: Micros(u64::from(steps) * 5_000),
+        peak: Blocks(2),
+        idle: Micros(exposed),
+        pad: Tokens(0),
+        invalid: Tokens(0),
+        rows: rows.iter().map(row).collect(),
+    }))
+}
+
+fn newest(actions: &[Action]) -> &Plan {
+    plans(actions).pop().expect("a plan")
+}
+
+#[test]
+fn a_start_that_costs_nothing_is_taken_at_once() {
+    let mut pool = pool();
+    assert!(!cut(&pool.arrive(1)), "nothing runs that could be cut");
+    let actions = pool.arrive(2);
+    assert!(has(&actions, |a| matches!(a, Action::Cut(W, PlanNo(1)))));
+    let plan = actions.iter().position(|a| matches!(a, Action::Plan(..)));
+    let cut_at = actions.iter().position(|a| matches!(a, Action::Cut(..)));
+    assert!(plan < cut_at, "the plan that starts then is there before");
+    assert!(!cut(&pool.arrive(3)), "it ends once");
+}
+
+/// One row runs, slice starts cost 20 ms, and a row comes and goes every 10 ms.
+fn slow_starts() -> Pool {
+    let mut pool = pool_of(Some(1000), WorkerSpec { cost: Some(cost()), blocks: Blocks(1000), ..spec() });
+    asks(&mut pool, arrival(1, 20, 900));
+    for batch in 1..60 {
+        pool.now.0 += 10_000;
+        let id = 100 + batch;
+        asks(&mut pool, arrival(id, 20, 900));
+        pool.event(Event::Cancelled { request: RequestId(id), choice: None });
+        let next = pool.scheduler.loads()[0].running_rows;
+        assert_eq!(next, 1);
+        // a plan was sent for each that came: the worker starts the last one
+        let last = 2 * batch + 1;
+        ends(&mut pool, 2 * batch - 1, Some(last), 8, 20_000, &[1]);
+    }
+    pool
+}
+
+#[test]
+fn rows_in_sight_are_waited_for_and_no_longer_than_a_start_costs() {
+    let mut pool = slow_starts();
+    pool.now.0 += 10_000;
+    // 2 * lambda * F * N = 2 * 20 ms / 10 ms = 4: one row is not enough, two are
+    let actions = asks(&mut pool, arrival(2, 20, 900));
+    let at = actions.iter().find_map(|a| if let Action::WakeAt(at) = a { Some(*at) } else { None });
+    assert!(!cut(&actions), "{actions:?}");
+    let waits = at.expect("asked again").saturating_sub(pool.now);
+    assert!((19_000..=20_001).contains(&waits.0), "{waits}");
+    pool.now.0 += 10_000;
+    assert!(cut(&asks(&mut pool, arrival(3, 20, 900))), "two rows");
+    let mut pool = slow_starts();
+    asks(&mut pool, arrival(2, 20, 900));
+    pool.now.0 += 20_001;
+    assert!(cut(&pool.event(Event::Tick)), "what it lost is what a start costs");
+}
+
+#[test]
+fn where_a_first_token_is_promised_the_slice_is_cut_whatever_it_costs() {
+    let mut pool = slow_starts();
+    let actions = asks(&mut pool, NewRequest { urgent: true, ..arrival(3, 20, 10) });
+    assert!(cut(&actions));
+}
+
+#[test]
+fn the_last_step_is_not_cut() {
+    let mut pool = pool_of(Some(1), spec());
+    pool.arrive(1);
+    assert!(!cut(&pool.arrive(2)), "a slice of one iteration ends by itself");
+}
+
+#[test]
+fn s_follows_the_mean_output() {
+    let mut pool = pool_of(None, spec());
+    assert_eq!(pool.scheduler.slice_len(), 32);
+    for id in 0..40 {
+        asks(&mut pool, arrival(id, 20, 400));
+        let rows = vec![RowTokens {
+            key: key(id, 0),
+            first_index: 0,
+            ids: vec![5; 320],
+            logprobs: vec![],
+            finish: Some(FinishReason::Stop),
+            cached: None,
+        }];
+        pool.says(WorkerMessage::Steps { batch: PlanNo(id + 1), rows });
+    }
+    assert_eq!(pool.scheduler.slice_len(), 40, "an eighth of 320");
+}
+
+#[test]
+fn s_is_halved_before_a_row_loses_its_kv() {
+    let mut pool = pool_of(Some(64), WorkerSpec { max_context: Tokens(2000), ..spec() });
+    asks(&mut pool, arrival(1, 400, 600));
+    asks(&mut pool, arrival(2, 400, 600));
+    let actions = ends(&mut pool, 1, Some(2), 1, 0, &[1]);
+    let steps: Vec<_> = plans(&actions).iter().map(|plan| (plan.add.len(), plan.steps)).collect();
+    assert_eq!(steps, [(1, 64)], "{actions:?}");
+    let actions = ends(&mut pool, 2, Some(4), 64, 0, &[1]);
+    let plan = newest(&actions);
+    // rows 1 and 2 run with up to 508 and 444 tokens at the end of batch 4: 16 more each is all there is place for
+    assert!(plan.leave.is_empty() && plan.steps < 64, "{plan:?}");
+    assert!(plan.ceiling <= Blocks(64));
+}
+
+#[test]
+fn a_prompt_longer_than_a_chunk_goes_at_the_pace_of_the_streams_beside_it() {
+    let mut pool = pool_of(
+        Some(32),
+        WorkerSpec { blocks: Blocks(4096), max_context: Tokens(40_000), cost: Some(cost()), ..spec() },
+    );
+    for id in 1..=4 {
+        asks(&mut pool, arrival(id, 20, 900));
+    }
+    let actions = asks(&mut pool, arrival(5, 500, 10));
+    assert_eq!(newest(&actions).add.last().expect("row 5").prefill_budget, Tokens(0), "one chunk takes it whole");
+    let actions = asks(&mut pool, arrival(6, 32_000, 10));
+    let start = newest(&actions).add.last().expect("row 6");
+    // a step of five rows takes 9 ms, a token 0.1 ms: 90 tokens, in whole blocks
+    assert_eq!((start.key, start.prefill_budget), (key(6, 0), Tokens(80)));
+}
+
+#[test]
+fn what_was_foreseen_is_recorded_beside_what_happened() {
+    let mut pool = pool_of(Some(8), WorkerSpec { cost: Some(cost()), ..spec() });
+    pool.arrive(1);
+    let running = *pool.scheduler.batches().last().expect("it runs");
+    assert_eq!((running.batch, running.rows, running.steps, running.outcome), (PlanNo(1), 1, 8, None));
+    assert!(running.band.lo > Micros(0) && running.band.lo <= running.band.hi);
+    ends(&mut pool, 1, Some(2), 8, 0, &[1]);
+    let record = *pool.scheduler.batches().find(|record| record.batch == PlanNo(1)).expect("kept");
+    let outcome = record.outcome.expect("it ended");
+    assert_eq!((outcome.steps, outcome.time, outcome.end), (8, Micros(40_000), BatchEnd::Steps));
+    assert!(outcome.covered(), "{outcome:?} of 2 ms and 8 steps of 5 ms");
+}
+
+#[test]
+fn w_is_what_is_planned_and_shrinks_with_time() {
+    let mut pool = pool_of(Some(8), WorkerSpec { cost: Some(cost()), ..spec() });
+    pool.arrive(1);
+    // two slices of 8 steps of 5 ms, and 20 tokens of prefill in the first
+    let w = pool.scheduler.loads()[0].work.0;
+    assert!((70_000..100_000).contains(&w), "{w}");
+    pool.now.0 += 30_000;
+    pool.says(WorkerMessage::Heartbeat);
+    let later = pool.scheduler.loads()[0].work.0;
+    assert!((29_000..31_000).contains(&(w - later)), "{w} {later}");
+}
+
+/// A second worker, ready.
+fn second(pool: &mut Pool, spec: WorkerSpec) {
+    let worker = WorkerId(1);
+    let epoch = spec.epoch;
+    pool.event(Event::WorkerJoined { worker, spec: WorkerSpec { name: "v".into(), ..spec } });
+    let message = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] };
+    pool.event(Event::Worker { worker, epoch, seq: 1, message });
+}
+
+#[test]
+fn a_drained_worker_is_empty_after_its_slice() {
+    let mut pool = pool();
+    pool.arrive(1);
+    second(&mut pool, spec());
+    pool.event(Event::WorkerDraining { worker: W });
+    assert_eq!(pool.scheduler.loads()[0].batch_size, 1, "its slice runs on");
+    let actions = ends(&mut pool, 1, Some(2), 4, 0, &[1]);
+    assert!(has(&actions, |a| matches!(a, Action::Placed(_, WorkerId(1), _))));
+    assert!(has(&actions, |a| matches!(a, Action::Drop(W, rows) if rows == &[key(1, 0)])));
+    assert_eq!(pool.scheduler.loads()[0].batch_size, 0);
+    assert_eq!(pool.scheduler.moves().drained, 1);
+}
+
+/// One row draws all of `ids` in batch `batch`, and ends there if it says so.
+fn draws(pool: &mut Pool, batch: u64, row: u64, first_index: u32, ids: usize, finish: Option<FinishReason>) {
+    let row = RowTokens { key: key(row, 0), first_index, ids: vec![5; ids], logprobs: vec![], finish, cached: None };
+    pool.says(WorkerMessage::Steps { batch: PlanNo(batch), rows: vec![row] });
+}
+
+#[test]
+fn a_continuation_stays_unless_request_seconds_at_both_ends_say_otherwise() {
+    // steps cost by the row
+    let spec = WorkerSpec { cost: Some(cost()), blocks: Blocks(1000), ..spec() };
+    let mut pool = pool_of(Some(8), spec.clone());
+    for id in 1..=8 {
+        asks(&mut pool, arrival(id, 20, 400));
+    }
+    // the newest plan, with all eight
+    ends(&mut pool, 1, Some(9), 8, 0, &[1]);
+    second(&mut pool, spec);
+    (1..=8).for_each(|row| draws(&mut pool, 9, row, 0, 8, None));
+    let all: Vec<u64> = (1..=8).collect();
+    ends(&mut pool, 9, Some(10), 8, 0, &all);
+    assert_eq!(pool.scheduler.moves().weighed, 0, "no answer has ended: nobody knows what a move is worth");
+    draws(&mut pool, 10, 1, 8, 300, Some(FinishReason::Stop));
+    (2..=8).for_each(|row| draws(&mut pool, 10, row, 8, 8, None));
+    ends(&mut pool, 10, Some(11), 8, 0, &all[1..]);
+    let moved = pool.scheduler.moves().weighed;
+    let loads = pool.scheduler.loads();
+    assert!((1..=4).contains(&moved), "seven rows of 1 ms each a step beside an idle worker: {moved}");
+    assert_eq!((loads[0].batch_size, loads[1].batch_size), (7 - moved, moved));
+    draws(&mut pool, 11, 8, 16, 4, None);
+    ends(&mut pool, 11, Some(12), 4, 0, &all[1..]);
+    assert_eq!(pool.scheduler.moves().weighed, moved, "asked once in S tokens");
+}
+
+#[test]
+fn rows_that_wait_go_to_a_worker_that_would_be_done_sooner() {
+    let small = WorkerSpec { cost: Some(cost()), max_rows: 2, ..spec() };
+    let mut pool = pool_of(Some(8), small.clone());
+    for id in 1..=8 {
+        pool.arrive(id);
+    }
+    second(&mut pool, small);
+    assert_eq!(pool.scheduler.loads()[1].batch_size, 0);
+    ends(&mut pool, 1, Some(2), 8, 0, &[1]);
+    let loads = pool.scheduler.loads();
+    assert!(pool.scheduler.moves().balanced > 0 && loads[1].batch_size > 0, "{:?}", pool.scheduler.moves());
+    assert_eq!(loads[0].batch_size + loads[1].batch_size, 8);
+}
+
+#[test]
+fn an_eta_comes_with_the_placing() {
+    let mut pool = pool_of(Some(8), WorkerSpec { cost: Some(cost()), ..spec() });
+    let eta = |actions: &[Action]| {
+        actions.iter().find_map(|a| if let Action::Placed(_, _, eta) = a { Some(*eta) } else { None }).expect("placed")
+    };
+    let alone = eta(&asks(&mut pool, arrival(1, 100, 50)));
+    // 100 tokens of 0.1 ms, then 50 steps of 5 ms
+    assert!((9_000..=11_000).contains(&alone.lo.0), "{alone:?}");
+    assert!((250_000..300_000).contains(&alone.hi.0), "{alone:?}");
+    let behind = eta(&asks(&mut pool, arrival(2, 100, 50)));
+    assert!(behind.hi > alone.hi);
+}
+
+#[test]
+fn a_clock_that_jumps_back_stands_still() {
+    let mut pool = pool();
+    pool.now = Micros(1_000_000);
+    pool.arrive(1);
+    pool.now = Micros(5);
+    pool.arrive(2);
+    assert_eq!(pool.scheduler.clock_jumps(), 1);
+    assert!(pool.scheduler.decisions().all(|decision| decision.at >= Micros(1_000_000)));
+}
