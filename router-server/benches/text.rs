@@ -86,7 +86,8 @@ fn said(program: &str, args: &[&str]) -> String {
 /// As the demo's report names it.
 fn cpu() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|found| found.1.trim()));
+    let name =
+        info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|found| found.1.trim()));
     name.unwrap_or(std::env::consts::ARCH).to_owned()
 }
 

@@ -511,7 +511,7 @@ mod tests {
         assert_eq!(spec(proto::CostModel::default(), Paged).expect("no form").cost, None);
         assert_eq!(spec(paged(0.0, 0.0), Paged).expect("nothing takes time").cost, None);
         assert_eq!(spec(padded(Some(0.0), Some(0.0)), Padded).expect("nothing takes time").cost, None);
-        for (model, shape) in [(paged(1e-3, 0.0), Paged), (paged(0.0, 1e-5), Unspecified), (paged(1e300, 1e300), Paged)]
+        for (model, shape) in [(paged(1e-3, 0.0), Paged), (paged(0.0, 1e-5), Unspecified), (paged(8e4, 1e-300), Paged)]
         {
             let spec = spec(model, shape).expect("valid");
             assert_eq!((spec.layout, spec.cost.map(|cost| cost.layout())), (Layout::Paged, Some(Layout::Paged)));
@@ -522,6 +522,7 @@ mod tests {
         for (model, shape, field) in [
             (paged(-1e-9, 0.0), Paged, "step.constant"),
             (paged(f64::NAN, 0.0), Paged, "step.constant"),
+            (paged(1e300, 0.0), Paged, "step.constant"),
             (paged(1e-3, f64::INFINITY), Paged, "prefill.per_token"),
             (padded(Some(f64::NEG_INFINITY), Some(1.0)), Padded, "prefill.constant"),
             (padded(Some(1.0), Some(f64::NAN)), Padded, "step.constant"),

@@ -229,6 +229,7 @@ async fn a_cost_model_that_cannot_be_is_refused_and_one_that_is_absurd_harms_nob
         (-1e-3, Paged, "step.constant"),
         (f64::NAN, Paged, "step.constant"),
         (f64::INFINITY, Paged, "step.constant"),
+        (1e6, Paged, "step.constant"),
         (1e-3, Padded, "cost_shape"),
     ] {
         let url = scripted(priced(step, shape), 7, stops).await;
@@ -236,8 +237,8 @@ async fn a_cost_model_that_cannot_be_is_refused_and_one_that_is_absurd_harms_nob
         router.until(|all| all[0].state() == State::Refused && all[0].detail.contains(field)).await;
         assert_eq!(router.get("/ready").await.status, 503);
     }
-    // Any number of seconds may be announced: what is computed of it stays a number, and requests are served.
-    for step in [0.0, 1e-300, 1e-3, 1e12, f64::MAX] {
+    // Up to a day any number of seconds may be announced: what is computed of it stays a number, and requests are served.
+    for step in [0.0, 1e-300, 1e-3, 8e4] {
         let url = scripted(priced(step, Paged), 7, stops).await;
         let router = Router::start(&[&url], config()).await;
         router.until(|all| all[0].state() == State::Ready).await;

@@ -6,8 +6,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Router, Worker, config, request};
-use router_core::Config;
+use common::{Router, Worker, config, drawn, request};
+use router_core::{Config, Mode, Pooled};
 use router_server::convert::packed;
 use router_server::pool::PoolConfig;
 use router_server::proto::{GenerateRequest, Limits, Prompt, prompt};
@@ -132,4 +132,38 @@ async fn an_urgent_request_cuts_the_running_slice() {
     assert!(metric(&router, "scls_router_cuts_total").await >= 1.0);
     assert!(metric(&router, "scls_router_cut_latency_seconds_count").await >= 1.0);
     assert!(batches(&router).await.iter().any(|batch| batch["outcome"]["end"] == "cut"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_scheduler_draws_the_same_on_either_layout() {
+    let scls = (Mode::Pooled(Pooled::scls()), Some(8));
+    for (mode, slice_len) in [(Mode::Slice, None), (Mode::Ils, None), scls, (Mode::Pooled(Pooled::sls()), None)] {
+        for layout in ["paged", "padded"] {
+            let flags = format!("--layout {layout} --step-us 500 --row-us 10 --prefill-us-per-token 5 --noise 0.1");
+            let workers = [Worker::start(&flags).await, Worker::start(&flags).await];
+            let scheduler = Config { mode, slice_len, ..config().scheduler };
+            let router = Router::over(&[&workers[0], &workers[1]], PoolConfig { scheduler, ..config() }).await;
+            let asked = (0..12u32).map(|i| {
+                let router = &router;
+                async move { (i, router.complete(&vec![5 + i; 1 + 9 * i as usize], 3 + 2 * i).await) }
+            });
+            for (i, answer) in futures::future::join_all(asked).await {
+                let expected = drawn(&vec![5 + i; 1 + 9 * i as usize], 3 + 2 * i as usize);
+                assert_eq!(answer, expected, "{mode} {layout} {i}");
+            }
+            router.until_drained().await;
+            // Only a rectangle has room for what is no token.
+            let (pad, invalid) = (
+                metric(&router, "scls_router_pad_tokens_total").await,
+                metric(&router, "scls_router_invalid_tokens_total").await,
+            );
+            assert_eq!(
+                (pad > 0.0, invalid > 0.0),
+                (layout == "padded", layout == "padded" && mode != Mode::Ils),
+                "{mode}"
+            );
+            assert_eq!(metric(&router, "scls_router_quarantines_total").await, 0.0, "{mode} {layout}");
+            assert_eq!(metric(&router, "scls_router_ceilings_passed_total").await, 0.0, "{mode} {layout}");
+        }
+    }
 }
