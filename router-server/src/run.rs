@@ -79,7 +79,7 @@ fn configure(command: &ConfigCommand, settings: &[Setting]) -> Result<(), Failur
     match command {
         ConfigCommand::Show { origin, .. } => print(&config::show(settings, *origin)),
         ConfigCommand::Check { all } => {
-            all.serve.check(&settings).map_err(Failure::Usage)?;
+            all.serve.check(settings).map_err(Failure::Usage)?;
             api_keys(&all.serve).map_err(Failure::Usage)?;
             let state = |command: &str| match config::missing(command, settings) {
                 missing if missing.is_empty() => format!("{command}: complete\n"),

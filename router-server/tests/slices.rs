@@ -19,11 +19,11 @@ async fn batches(router: &Router) -> Vec<Value> {
     answer.json()["batches"].as_array().unwrap().clone()
 }
 
-/// The sum over all labels of a metric.
-async fn metric(router: &Router, name: &str) -> f64 {
+/// The sum over all labels of a metric that counts.
+async fn metric(router: &Router, name: &str) -> u64 {
     let body = router.get("/metrics").await.body;
     let of_it = body.lines().filter_map(|line| line.strip_prefix(name)).filter(|rest| rest.starts_with(['{', ' ']));
-    of_it.map(|rest| rest.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+    of_it.map(|rest| rest.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
 fn measured() -> PoolConfig {
@@ -58,11 +58,11 @@ async fn every_batch_is_known_before_it_runs() {
         assert!(["steps", "all_done", "cut", "backpressure"].contains(&outcome["end"].as_str().unwrap()), "{batch}");
     }
     let covered = ended.iter().filter(|batch| batch["outcome"]["covered"] == true).count();
-    assert_eq!(metric(&router, "scls_router_slices_scored_total").await, ended.len() as f64);
-    assert_eq!(metric(&router, "scls_router_slices_covered_total").await, covered as f64);
-    assert_eq!(metric(&router, "scls_router_ceilings_passed_total").await, 0.0);
+    assert_eq!(metric(&router, "scls_router_slices_scored_total").await, ended.len() as u64);
+    assert_eq!(metric(&router, "scls_router_slices_covered_total").await, covered as u64);
+    assert_eq!(metric(&router, "scls_router_ceilings_passed_total").await, 0);
     let s = metric(&router, "scls_router_slice_length_iterations").await;
-    assert!((16.0..=128.0).contains(&s), "{s}");
+    assert!((16..=128).contains(&s), "{s}");
     // Each cut is reported, unless its batch ended by itself.
     let cuts = metric(&router, "scls_router_cuts_total").await;
     assert_eq!(metric(&router, "scls_router_cut_latency_seconds_count").await, cuts);
@@ -129,8 +129,8 @@ async fn an_urgent_request_cuts_the_running_slice() {
     };
     let (_, took) = tokio::join!(long, urgent);
     assert!(took < Duration::from_secs(1), "{took:?}");
-    assert!(metric(&router, "scls_router_cuts_total").await >= 1.0);
-    assert!(metric(&router, "scls_router_cut_latency_seconds_count").await >= 1.0);
+    assert!(metric(&router, "scls_router_cuts_total").await >= 1);
+    assert!(metric(&router, "scls_router_cut_latency_seconds_count").await >= 1);
     assert!(batches(&router).await.iter().any(|batch| batch["outcome"]["end"] == "cut"));
 }
 
@@ -157,13 +157,9 @@ async fn every_scheduler_draws_the_same_on_either_layout() {
                 metric(&router, "scls_router_pad_tokens_total").await,
                 metric(&router, "scls_router_invalid_tokens_total").await,
             );
-            assert_eq!(
-                (pad > 0.0, invalid > 0.0),
-                (layout == "padded", layout == "padded" && mode != Mode::Ils),
-                "{mode}"
-            );
-            assert_eq!(metric(&router, "scls_router_quarantines_total").await, 0.0, "{mode} {layout}");
-            assert_eq!(metric(&router, "scls_router_ceilings_passed_total").await, 0.0, "{mode} {layout}");
+            assert_eq!((pad > 0, invalid > 0), (layout == "padded", layout == "padded" && mode != Mode::Ils), "{mode}");
+            assert_eq!(metric(&router, "scls_router_quarantines_total").await, 0, "{mode} {layout}");
+            assert_eq!(metric(&router, "scls_router_ceilings_passed_total").await, 0, "{mode} {layout}");
         }
     }
 }
