@@ -47,6 +47,7 @@ class Row:
     ignore_eos: bool = True
     stops: tuple[int, ...] = ()
     min_tokens: int = 0
+    prefill_budget: int = 0
     hash_root: int = 7
 
     @property
@@ -75,6 +76,7 @@ class Row:
                 ignore_eos=self.ignore_eos,
                 stop_token_ids=self.stops,
             ),
+            prefill_budget=self.prefill_budget,
         )
 
 

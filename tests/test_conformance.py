@@ -1,4 +1,4 @@
-"""The Session contract (ARCHITECTURE.md), one suite for the real worker and both mocks."""
+"""The Session contract (ARCHITECTURE.md), one suite for the real worker and both mocks, paged and padded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ from scls_router.proto import common_pb2 as common
 from scls_router.proto import worker_pb2 as pb
 from session import Row, Session
 
-KINDS = ["real", "python-mock", "rust-mock"]
+KINDS = ["real", "real-padded", "python-mock", "python-mock-padded", "rust-mock"]
 BLOCKS = 64
+# What is about KV that outlives a batch, of which a padded worker has none (workers/tests/test_padded.py has its own).
+PAGED_ONLY = {
+    "test_a_row_runs_over_slices_and_ends_at_its_limit": "counts what held KV saves, and whole blocks stay cached",
+    "test_the_same_tokens_for_every_slicing_batch_and_cache_state": "finds a prefix",
+    "test_held_rows_wait_and_come_back": "holds KV",
+    "test_under_pressure_the_lowest_rank_loses_its_kv_and_still_ends_right": "holds KV",
+    "test_a_prefill_budget_holds_beside_rows_that_decode": "has prompts in chunks",
+    "test_resync_and_ping": "knows blocks by name",
+}
 _requests = itertools.count(1)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def worker(request: pytest.FixtureRequest) -> Iterator[Process]:
+    kind: str = request.param
     size = ["--blocks", str(BLOCKS), "--max-rows", "8"]
-    if request.param == "real":
+    if kind.endswith("padded"):
+        size += ["--layout", "padded"]
+    if kind.startswith("real"):
         process: Process = Worker("--model", str(MODEL), "--dtype", "float32", *size)
-    elif request.param == "python-mock":
+    elif kind.startswith("python-mock"):
         process = Worker("--mock", "--vocab", "1000", "--max-context", "4096", "--step-us", "1000", *size)
     else:
         process = RustMock("--vocab", "1000", "--max-context", "4096", "--step-us", "1000", *size)
@@ -34,8 +46,11 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Process]:
 
 
 @pytest.fixture
-def session(worker: Process) -> Iterator[Session]:
+def session(request: pytest.FixtureRequest, worker: Process) -> Iterator[Session]:
     with Session(worker.url) as session:  # type: ignore[attr-defined]
+        reason = PAGED_ONLY.get(request.function.__name__)
+        if reason and session.info.cost_shape == common.COST_SHAPE_PADDED:
+            pytest.skip(reason)
         session.snapshot()
         yield session
 
@@ -183,6 +198,37 @@ def test_under_pressure_the_lowest_rank_loses_its_kv_and_still_ends_right(sessio
     session.run(add=[reference], steps=8)
     assert reference.output == low.output
     session.send(drop=pb.Drop(rows=[reference.id]))
+
+
+def test_a_prefill_budget_holds_beside_rows_that_decode(session: Session) -> None:
+    a, b, alone = row(max_tokens=60), row(200, 4, prefill_budget=50), row(200, 4, prefill_budget=50)
+    session.run(add=[a], steps=2)
+    session.run(keep="survivors", add=[b], steps=6)
+    assert (len(a.output), len(b.output)) == (8, 3), "four chunks, the last of which draws"
+    session.run(add=[alone], steps=2)
+    assert len(alone.output) == 2, "nobody waits for its chunk"
+    session.send(drop=pb.Drop(rows=[a.id, b.id, alone.id]))
+
+
+def test_slices_of_a_rectangle(worker: Process, session: Session) -> None:
+    """What a padded worker does in place of the tests it skips: prefills again, and draws alike."""
+    if session.info.cost_shape != common.COST_SHAPE_PADDED:
+        pytest.skip("the padded layout's own")
+    whole = row(max_tokens=20)
+    session.run(add=[whole], steps=100)
+    for steps in (1, 5, 8):
+        a, b = Row(whole.prompt, 20, next(_requests), hash_root=whole.hash_root), row(17, 30)
+        report = session.run(add=[b, a], steps=steps)
+        assert (report.pad_tokens, report.invalid_tokens, report.steps) == (40 - 17, 0, steps)
+        assert [r.kv for r in report.rows] == [pb.RowReport.KV_DROPPED] * 2
+        assert [r.prefill_left for r in report.rows] == [17 + steps, 40 + steps]
+        assert report.peak_blocks == 2 * -(-(40 + steps - 1) // 16)
+        while not a.finish:
+            report = session.run(keep="survivors", steps=steps)
+        assert a.output == whole.output and a.cached == 0
+        assert report.invalid_tokens == -20 % steps, "steps of the last slice that only the other row wanted"
+        session.send(drop=pb.Drop(rows=[b.id]))
+    assert session.blocks == set() and session.load and session.load.free_blocks == BLOCKS
 
 
 def test_cut_ends_the_batch_and_drop_ends_rows(session: Session) -> None:

@@ -3,8 +3,30 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from scls_router._native import Decision, Router, __version__, hash_blocks
-from scls_router._router import Candidate, NoWorker, UnknownPolicy, UnknownWorker, View, WorkerExists, WorkerLoad
+from scls_router._native import (
+    Batcher,
+    CostModel,
+    Decision,
+    Offloader,
+    Router,
+    Scheduler,
+    __version__,
+    hash_blocks,
+)
+from scls_router._router import (
+    Candidate,
+    CostError,
+    FitError,
+    NoWorker,
+    RequestExists,
+    RowTooLong,
+    UnknownPolicy,
+    UnknownScheduler,
+    UnknownWorker,
+    View,
+    WorkerExists,
+    WorkerLoad,
+)
 
 if TYPE_CHECKING:
     from scls_router._retry import RetryPolicy
@@ -13,20 +35,42 @@ if TYPE_CHECKING:
     from scls_router.errors import SclsError
 
 # Records and errors are shown, documented and pickled by the name under which they are imported.
-for _public in (Candidate, NoWorker, UnknownPolicy, UnknownWorker, View, WorkerExists, WorkerLoad):
+for _public in (
+    Candidate,
+    CostError,
+    FitError,
+    NoWorker,
+    RequestExists,
+    RowTooLong,
+    UnknownPolicy,
+    UnknownScheduler,
+    UnknownWorker,
+    View,
+    WorkerExists,
+    WorkerLoad,
+):
     _public.__module__ = __name__
 del _public
 
 __all__ = [
     "AsyncClient",
+    "Batcher",
     "Candidate",
     "Client",
+    "CostError",
+    "CostModel",
     "Decision",
+    "FitError",
     "NoWorker",
+    "Offloader",
+    "RequestExists",
     "RetryPolicy",
     "Router",
+    "RowTooLong",
+    "Scheduler",
     "SclsError",
     "UnknownPolicy",
+    "UnknownScheduler",
     "UnknownWorker",
     "View",
     "WorkerExists",
@@ -47,6 +91,6 @@ _LATER = {
 def __getattr__(name: str) -> object:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
-    if name in ("errors", "results"):
+    if name in ("errors", "results", "scheduling"):
         return import_module(f"scls_router.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

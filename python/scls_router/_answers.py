@@ -37,6 +37,7 @@ def piece(answer: pb.GenerateResponse) -> Piece:
     if answer.HasField("usage"):
         u = answer.usage
         usage = Usage(u.prompt_tokens, u.completion_tokens, u.cached_tokens, u.slices, u.worker_id)
+    eta = (answer.eta.lo_ms, answer.eta.hi_ms) if answer.HasField("eta") else None
     return Piece(
         choice=answer.choice,
         text=answer.text,
@@ -46,6 +47,7 @@ def piece(answer: pb.GenerateResponse) -> Piece:
         logprobs=tuple(_logprobs(of_token) for of_token in answer.logprobs),
         usage=usage,
         request_id=answer.request_id,
+        eta_ms=eta,
     )
 
 
@@ -64,6 +66,7 @@ class Collector:
         self._wants_logprobs = logprobs
         self._usage: Usage | None = None
         self._request_id = ""
+        self._eta_ms: tuple[int, int] | None = None
 
     def add(self, piece: Piece) -> None:
         """The next piece."""
@@ -75,6 +78,7 @@ class Collector:
         self._ends[piece.choice] = piece.finish_reason or self._ends[piece.choice]
         self._usage = piece.usage or self._usage
         self._request_id = piece.request_id
+        self._eta_ms = self._eta_ms or piece.eta_ms
 
     def completion(self) -> Completion:
         """All of it. Raises `InternalError` if the stream ended before the generation did."""
@@ -87,7 +91,7 @@ class Collector:
                 zip(self._texts, self._ids, ends, self._logprobs, strict=True)
             )
         )
-        return Completion(tuple(choices), self._usage, self._request_id)
+        return Completion(tuple(choices), self._usage, self._request_id, self._eta_ms)
 
 
 def collector(request: pb.GenerateRequest) -> Collector:

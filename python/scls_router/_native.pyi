@@ -1,10 +1,12 @@
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Protocol, TypeAlias, final
+from typing import Any, Literal, Protocol, TypeAlias, final
 
+from scls_router import scheduling
 from scls_router._router import Candidate, View, WorkerLoad
+from scls_router.scheduling import Action, Batch, BatchRecord, Refusal, RowKey, RowTokens, SliceReport
 
-__all__ = ["Decision", "Router", "__version__", "hash_blocks", "main"]
+__all__ = ["Batcher", "CostModel", "Decision", "Offloader", "Router", "Scheduler", "__version__", "hash_blocks", "main"]
 
 __version__: str
 
@@ -18,6 +20,8 @@ class _Buffer(Protocol):
 
     def tobytes(self) -> bytes: ...
 
+_Layout: TypeAlias = Literal["paged", "padded"]
+_Lengths: TypeAlias = Iterable[int] | _Array
 _Ids: TypeAlias = Sequence[int] | bytes | _Array | _Buffer
 
 def hash_blocks(hash_root: int, ids: _Ids, block_size: int) -> list[int]:
@@ -46,6 +50,287 @@ def hash_blocks(hash_root: int, ids: _Ids, block_size: int) -> list[int]:
         TypeError: these are no ids.
         OverflowError: ``hash_root`` or ``block_size`` is out of range.
     """
+
+@final
+class CostModel:
+    """How long an iteration takes on a worker, as a function of what is in it: linear, no coefficient below zero, so that
+    more work never takes less time. Immutable, comparable, picklable. All times are seconds.
+
+    Two layouts. A *paged* worker computes what is there: rows that decode, the tokens they see, prefill tokens, and the
+    pairs of these with the tokens they attend.
+
+    >>> paged = CostModel.paged(
+    ...     prefill_constant=0.0, prefill_per_token=1e-4, prefill_per_pair=0.0,
+    ...     step_constant=1e-2, step_per_row=1e-4, step_per_context=1e-6,
+    ... )
+    >>> round(paged.iteration(rows=10, context=5000), 6)  # ten rows decode
+    0.016
+    >>> round(paged.iteration(rows=10, context=5000, prefill=200), 6)  # and a prompt's tokens ride along
+    0.036
+
+    A *padded* worker computes a rectangle of ``rows`` rows, each as long as the longest (arXiv 2406.13511).
+
+    >>> padded = CostModel.padded(prefill=(1e-2, 0.0, 0.0, 1e-4), step=(1e-2, 1e-4, 0.0, 1e-6))
+    >>> round(padded.slice(rows=4, longest=100, steps=1), 6)  # the prompt's pass, which draws the first tokens
+    0.05
+    """
+
+    def __new__(cls, form: Mapping[str, object]) -> CostModel:
+        """A model put together again.
+
+        Args:
+            form: what ``to_dict`` gives.
+
+        Raises:
+            CostError: a coefficient is missing, negative or not finite; the message names it.
+            ValueError: there is no such shape.
+            TypeError: a coefficient is no number.
+        """
+
+    @staticmethod
+    def paged(
+        *,
+        prefill_constant: float,
+        prefill_per_token: float,
+        prefill_per_pair: float,
+        step_constant: float,
+        step_per_row: float,
+        step_per_context: float,
+    ) -> CostModel:
+        """The model of a paged worker, each coefficient in seconds.
+
+        Args:
+            prefill_constant: any prefill in an iteration.
+            prefill_per_token: each prefilled token.
+            prefill_per_pair: each pair of a prefilled token and one it attends.
+            step_constant: an iteration.
+            step_per_row: each row that decodes.
+            step_per_context: each token that a decoding row sees.
+
+        Raises:
+            CostError: a coefficient is negative or not finite; the message names it.
+        """
+
+    @staticmethod
+    def padded(*, prefill: Sequence[float], step: Sequence[float]) -> CostModel:
+        """The model of a padded worker: ``constant + per_row*N + per_position*L + per_cell*N*L`` seconds for a pass over
+        ``N`` rows padded to length ``L``.
+
+        Args:
+            prefill: ``(constant, per_row, per_position, per_cell)`` of the pass over the prompts.
+            step: the same of a decode step.
+
+        Raises:
+            CostError: a coefficient is negative or not finite; the message names it.
+            ValueError: these are not four.
+        """
+
+    @staticmethod
+    def fit(samples: Sequence[Mapping[str, float]], layout: _Layout = "paged") -> CostModel:
+        """The model that meets measured iterations best: least squares of relative errors, no coefficient below zero.
+
+        >>> truth = CostModel.padded(prefill=(0.01, 0.0, 0.0, 1e-4), step=(0.01, 1e-4, 0.0, 1e-6))
+        >>> shapes = [(rows, longest) for rows in (1, 4, 16) for longest in (64, 256, 1024)]
+        >>> grid = [dict(rows=n, longest=l, prefill=n * l * fills) for n, l in shapes for fills in (0, 1)]
+        >>> model = CostModel.fit([dict(it, seconds=truth.iteration(**it)) for it in grid], layout="padded")
+        >>> model.p99_error < 1e-6, round(model.to_dict()["step"]["per_cell"], 9)
+        (True, 1e-06)
+
+        Args:
+            samples: dicts with the arguments of ``iteration``, 0 where missing, and the ``seconds`` it took.
+            layout: ``paged`` or ``padded``.
+
+        Raises:
+            FitError: too few samples, or a time that is none.
+            ValueError: a sample has no ``seconds``, or a key that is none; or there is no such layout.
+            OverflowError: a count is negative.
+        """
+
+    @staticmethod
+    def from_json(text: str | bytes | bytearray) -> CostModel:
+        """A model from JSON: that of ``to_json``, or the whole file of a calibration.
+
+        Raises:
+            CostError: a coefficient is missing, negative or not finite; the message names it.
+            ValueError: this is no JSON, or there is no such layout.
+        """
+
+    def to_json(self) -> str:
+        """As JSON, with ``layout`` for ``shape``: as the router and calibrations have it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """``shape``, the coefficients of ``prefill`` and ``step``, and of a fit ``r2``, ``mean_error`` and ``p99_error``.
+
+        >>> model = CostModel.padded(prefill=(0.01, 0.0, 0.0, 1e-4), step=(0.01, 1e-4, 0.0, 1e-6))
+        >>> model.to_dict()["step"]
+        {'constant': 0.01, 'per_row': 0.0001, 'per_position': 0.0, 'per_cell': 1e-06}
+        >>> CostModel(model.to_dict()) == CostModel.from_json(model.to_json()) == model
+        True
+        """
+
+    @property
+    def layout(self) -> _Layout:
+        """``paged`` or ``padded``."""
+
+    def iteration(self, rows: int = 0, context: int = 0, longest: int = 0, prefill: int = 0, pairs: int = 0) -> float:
+        """Seconds of one iteration.
+
+        Args:
+            rows: rows that decode; padded: all rows, in the pass over the prompts too.
+            context: tokens that the decoding rows see, summed.
+            longest: length of the longest row, which padded workers pay for.
+            prefill: prefill tokens; padded: anything but 0 makes this the pass over the prompts.
+            pairs: pairs of a prefilled token and one it attends.
+
+        Raises:
+            OverflowError: a number is negative.
+        """
+
+    def slice(self, rows: int, longest: int = 0, context: int = 0, uncached: int = 0, steps: int = 1) -> float:
+        """Seconds of a batch over ``steps`` iterations if no row ends; the first draws each row's first token. O(1).
+
+        Args:
+            rows: rows of the batch.
+            longest: tokens of the longest; only padded workers pay for it.
+            context: tokens of all rows; only paged workers pay for it.
+            uncached: of these, tokens that want prefill.
+            steps: iterations.
+
+        Raises:
+            OverflowError: a number is negative.
+        """
+
+    @property
+    def r2(self) -> float | None:
+        """Coefficient of determination of the fit; None of a model that was not fitted."""
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error of the fit over its samples."""
+
+    @property
+    def p99_error(self) -> float | None:
+        """The relative error that 99 % of the fit's samples stay below."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __reduce__(self) -> tuple[type[CostModel], tuple[object, ...]]: ...
+
+@final
+class Batcher:
+    """Cuts waiting rows into batches, so that all of them together take the least time.
+
+    A padded batch costs as if all its rows were as long as its longest, so rows of like length belong together; but a
+    pass has a price of its own, so they should not be too few. Over rows sorted by length the best cut is found exactly, in
+    O(n * max_rows) (arXiv 2406.13511). For a paged worker it packs.
+
+    >>> model = CostModel.padded(prefill=(3e-3, 0.0, 0.0, 1e-4), step=(3e-3, 5e-5, 0.0, 1e-6))
+    >>> batcher = Batcher(model, capacity_tokens=16_000, max_rows=8, slice_len=32)
+    >>> for batch in batcher.split([900, 20, 1000, 30]):
+    ...     print(batch.rows, batch.longest, round(batch.seconds, 2))
+    (1, 3) 30 0.11
+    (0, 2) 1000 0.36
+    """
+
+    def __new__(
+        cls, cost_model: CostModel, capacity_tokens: int, max_rows: int, slice_len: int, *, block_size: int = 1
+    ) -> Batcher:
+        """For workers of one kind.
+
+        Args:
+            cost_model: times of batches; its layout says how memory is counted.
+            capacity_tokens: tokens whose KV a worker can hold.
+            max_rows: most rows of a batch.
+            slice_len: S, the most iterations of a batch.
+            block_size: tokens a KV block: memory is counted in whole blocks.
+
+        Raises:
+            ValueError: a size is 0.
+        """
+
+    def split(self, lengths: _Lengths) -> list[Batch]:
+        """The cheapest batches, shortest rows first; of equally cheap ones the fewest.
+
+        Args:
+            lengths: tokens of each row: ints, or an array of integers, shape ``[rows]``.
+
+        Returns:
+            `scheduling.Batch`es: each row is in one of them.
+
+        Raises:
+            RowTooLong: a row fits no batch, not even alone; the message names it.
+            OverflowError: a length is negative.
+        """
+
+    def in_order(self, lengths: _Lengths, most: int) -> list[Batch]:
+        """Rows as they come, at most ``most`` to a batch and never more than fit: what ``split`` is compared with.
+
+        Raises:
+            RowTooLong: a row fits no batch, not even alone; the message names it.
+            OverflowError: a length is negative.
+        """
+
+    def by_length(self, lengths: _Lengths, most: int) -> list[Batch]:
+        """Rows by length, at most ``most`` to a batch and never more than fit.
+
+        Raises:
+            RowTooLong: a row fits no batch, not even alone; the message names it.
+            OverflowError: a length is negative.
+        """
+
+@final
+class Offloader:
+    """Gives batches to workers: the longest first, each to the worker that has least to do (arXiv 2406.13511). From equal
+    loads the last worker is done within ``4/3 - 1/(3m)`` of the best that is possible on ``m`` workers (Graham 1969).
+
+    >>> offloader = Offloader(2)
+    >>> offloader.assign([2.0, 3.0, 2.0, 3.0])
+    [0, 0, 1, 1]
+    >>> offloader.loads
+    [5.0, 5.0]
+    >>> offloader.done(0, 2.0)
+    >>> offloader.loads
+    [3.0, 5.0]
+    """
+
+    def __new__(cls, workers: int) -> Offloader:
+        """Workers with nothing to do.
+
+        Args:
+            workers: how many there are.
+
+        Raises:
+            ValueError: there is none.
+        """
+
+    def assign(self, seconds: Sequence[float]) -> list[int]:
+        """A worker for each batch, whose time counts there from now on. Ties rotate.
+
+        Args:
+            seconds: of each batch.
+
+        Returns:
+            Indices of workers, one for each batch.
+
+        Raises:
+            ValueError: a time is negative or not finite.
+        """
+
+    def done(self, worker: int, seconds: float) -> None:
+        """A batch is done or given up: exactly what ``assign`` counted is taken back, not what it took.
+
+        Args:
+            worker: its index.
+            seconds: as they were assigned.
+
+        Raises:
+            IndexError: there is no such worker.
+            ValueError: the time is negative or not finite.
+        """
+
+    @property
+    def loads(self) -> list[float]:
+        """Seconds that each worker has to do."""
 
 @final
 class Decision:
@@ -334,6 +619,271 @@ class Router:
     @property
     def hash_root(self) -> int:
         """The root of all chains."""
+
+@final
+class Scheduler:
+    """The scheduler in your own process, in front of workers of your own: what runs together, where, and for how long.
+
+    A state machine without threads, sockets or a clock. You tell it what happened and when, and carry out the actions
+    it returns, in order: plans go to workers, tokens to clients. ``docs/scheduler.md`` has a worker in forty lines.
+
+    >>> from scls_router import scheduling
+    >>> scheduler = Scheduler(slice_len=32)
+    >>> scheduler.join("a", blocks=100, max_rows=8, max_context=1000, now=0.0)
+    []
+    >>> scheduler.snapshot("a", [], now=0.0)  # nothing is cached there
+    []
+    >>> for action in scheduler.arrive(1, [5, 6, 7], max_tokens=2, now=0.0):
+    ...     match action:
+    ...         case scheduling.Placed(row, worker):
+    ...             print(row, worker)
+    ...         case scheduling.Plan(worker, no, base) if base == 0:
+    ...             batch, key = no, action.add[0].key
+    ...             print(worker, batch, action.add[0].prompt, action.steps)
+    RowId(request=1, choice=0) a
+    a 1 (5, 6, 7) 32
+
+    The worker starts it, computes the prompt and draws a token, then another, which is the row's last:
+
+    >>> scheduler.steps("a", batch, [scheduling.RowTokens(key, 0, (8,))], now=0.1)
+    [Tokens(row=RowId(request=1, choice=0), first_index=0, ids=(8,))]
+    >>> *_, end = scheduler.steps("a", batch, [scheduling.RowTokens(key, 1, (9,), finish="length")], now=0.2)
+    >>> end.reason, end.prompt, end.emitted, end.slices, end.worker
+    ('length', 3, 2, 1, 'a')
+    >>> report = scheduling.RowReport(key, computed=4, emitted=2, finish="length", held=False)
+    >>> done = scheduling.SliceReport(batch, "all_done", steps=2, rows=(report,), prefill=0.1, decode=0.1, peak=1)
+    >>> scheduler.slice_reported("a", done, now=0.2)
+    []
+    >>> scheduler.workers()[0].batch_size, scheduler.rows
+    (0, 0)
+
+    Every call takes ``now``: seconds on a clock of yours that does not go back, such as ``time.monotonic()``. Methods may
+    be called from any thread; what a caller should see in order it calls in order.
+    """
+
+    def __new__(
+        cls,
+        policy: str = "product",
+        scheduler: str = "slice",
+        *,
+        block_size: int = 16,
+        hash_root: int = 0,
+        vocab: int = 4294967295,
+        slice_len: int | None = None,
+        seed: int = 0,
+        max_rows: int = 4096,
+    ) -> Scheduler:
+        """A scheduler without workers.
+
+        Args:
+            policy: where arrivals go: ``product``, ``product_time`` (the product in seconds), ``round_robin``, ``random`` or
+                ``least_requests``.
+            scheduler: how rows become batches: ``slice``, or ``scls``, ``sls``, ``ils`` to compare with.
+            block_size: tokens a KV block, as in the workers.
+            hash_root: u64 at the start of every chain of block hashes.
+            vocab: ids below this one exist; a worker that draws another is quarantined.
+            slice_len: S, the most iterations of a slice, where it is to be fixed; None: measured.
+            seed: for the policy ``random``.
+            max_rows: most rows unfinished at once; more are rejected.
+
+        Raises:
+            UnknownPolicy: no policy of this name.
+            UnknownScheduler: no scheduler of this name.
+            ValueError: ``block_size`` or ``slice_len`` is 0.
+        """
+
+    def join(
+        self,
+        name: str,
+        *,
+        blocks: int,
+        max_rows: int,
+        max_context: int,
+        now: float,
+        chunk_tokens: int = 512,
+        layout: _Layout | None = None,
+        cost_model: CostModel | None = None,
+    ) -> list[Action]:
+        """A worker is there. It takes rows once its ``snapshot`` is complete.
+
+        Args:
+            name: yours, as actions will have it.
+            blocks: its KV blocks.
+            max_rows: most rows of a batch.
+            max_context: most tokens of a row, prompt and output together.
+            chunk_tokens: most prefill tokens of an iteration.
+            layout: ``paged`` or ``padded``; by default that of the cost model, or ``paged``.
+            cost_model: what its iterations take, where it was measured; else it is learnt from reports.
+            now: seconds.
+
+        Raises:
+            WorkerExists: there is one of this name.
+            ValueError: a size is 0, or layout and cost model are of two forms.
+        """
+
+    def lost(self, worker: str, *, now: float) -> list[Action]:
+        """A worker is gone: its rows go on elsewhere from the tokens they have.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+        """
+
+    def drain(self, worker: str, *, now: float) -> list[Action]:
+        """No new rows for a worker: those it knows finish there, the others go elsewhere.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+        """
+
+    def snapshot(self, worker: str, hashes: Iterable[int], *, now: float, last: bool = True) -> list[Action]:
+        """The blocks that a worker has cached, in one or several parts; the first forgets what was believed before.
+
+        Args:
+            worker: whose.
+            hashes: of whole blocks, as ``hash_blocks`` names them.
+            last: False if more is to come.
+            now: seconds.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+            OverflowError: a hash is no u64.
+        """
+
+    def kv_delta(
+        self,
+        worker: str,
+        *,
+        now: float,
+        removed: Iterable[int] | None = None,
+        stored: Iterable[int] | None = None,
+    ) -> list[Action]:
+        """Blocks that a worker has cached no more, and those that came.
+
+        Args:
+            worker: whose.
+            removed: hashes, applied first.
+            stored: hashes.
+            now: seconds.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+            OverflowError: a hash is no u64.
+        """
+
+    def arrive(
+        self,
+        request_id: int,
+        prompt: _Ids,
+        *,
+        max_tokens: int,
+        now: float,
+        n: int = 1,
+        urgent: bool = False,
+    ) -> list[Action]:
+        """A request.
+
+        Args:
+            request_id: its id: no request that has not ended has it.
+            prompt: token ids, as `hash_blocks` takes them.
+            max_tokens: most output tokens of a row.
+            n: rows.
+            urgent: a short time to the first token is promised: a running slice is cut for it at once.
+            now: seconds.
+
+        Raises:
+            RequestExists: a request of this id has not ended.
+            ValueError: ids are out of range.
+            TypeError: this is no prompt.
+        """
+
+    def cancel(self, request_id: int, *, now: float, choice: int | None = None) -> list[Action]:
+        """The client went away, or its text is complete: rows of the request end now. Of one that has ended nothing changes.
+
+        Args:
+            request_id: which.
+            choice: one row of it; None for all.
+            now: seconds.
+        """
+
+    def steps(self, worker: str, batch: int, rows: Sequence[RowTokens], *, now: float) -> list[Action]:
+        """What an iteration of a worker drew.
+
+        Args:
+            worker: who.
+            batch: number of the plan that formed the running batch.
+            rows: a `scheduling.RowTokens` for each row that drew or ended.
+            now: seconds.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+            ValueError: there is no such finish reason, or an id is out of range.
+        """
+
+    def slice_reported(self, worker: str, report: SliceReport, *, now: float) -> list[Action]:
+        """A batch ended.
+
+        Args:
+            worker: whose.
+            report: how it went, and the plan that starts now.
+            now: seconds.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+            ValueError: there is no such end or finish reason, or a time is negative or not finite.
+        """
+
+    def refused(
+        self,
+        worker: str,
+        plan: int,
+        reason: Refusal,
+        *,
+        now: float,
+        rows: Sequence[RowKey] | None = None,
+        detail: str = "",
+    ) -> list[Action]:
+        """A worker ran nothing of a plan.
+
+        Args:
+            worker: who.
+            plan: number of the plan.
+            reason: ``stale`` (its base had ended), ``no_memory``, ``too_many_rows``, ``unknown_row`` or ``unsupported``.
+            rows: keys of the rows at fault, if any are.
+            detail: for people.
+            now: seconds.
+
+        Raises:
+            UnknownWorker: there is none of this name.
+            ValueError: there is no such reason.
+        """
+
+    def tick(self, *, now: float) -> list[Action]:
+        """Time has passed; answers a `scheduling.WakeAt`."""
+
+    def route(self, prompt: _Ids, *, now: float) -> scheduling.Decision:
+        """Where a prompt would go now, and why. Commits nothing.
+
+        Raises:
+            NoWorker: none is ready that could hold it.
+            ValueError: ids are out of range.
+        """
+
+    def workers(self) -> list[scheduling.WorkerLoad]:
+        """What is believed of each worker, in order of joining (a place that became free is taken again)."""
+
+    def decisions(self) -> list[scheduling.Decision]:
+        """The latest decisions, oldest first."""
+
+    def batches(self) -> list[BatchRecord]:
+        """The latest batches, oldest first: time and memory as foreseen, and what happened."""
+
+    @property
+    def slice_len(self) -> int:
+        """S: most iterations of the next slice."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that have not ended."""
 
 def main(args: list[str], python: str | None = None) -> int:
     """Runs the command line, the first argument being the program's name. Returns the exit status.

@@ -64,6 +64,7 @@ class Options(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     request_id: str
+    urgent: bool
 
 
 def generate_request(
@@ -87,6 +88,7 @@ def generate_request(
     min_tokens: int = 0,
     ignore_eos: bool = False,
     request_id: str = "",
+    urgent: bool = False,
 ) -> pb.GenerateRequest:
     """The message of a generation; the router checks the values, this checks what a message cannot say."""
     if max_tokens is not None and max_tokens < 1:
@@ -125,6 +127,7 @@ def generate_request(
             n=n,
             stop=[stop] if isinstance(stop, str) else stop,
             request_id=request_id,
+            urgent=urgent,
         )
     )
 

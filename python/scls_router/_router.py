@@ -1,4 +1,4 @@
-"""Values and errors of the in-process router."""
+"""Values of the in-process router; errors of all that runs in process."""
 
 from __future__ import annotations
 
@@ -78,3 +78,23 @@ class UnknownWorker(LookupError):
 
 class WorkerExists(ValueError):
     """There is a worker of this name already."""
+
+
+class UnknownScheduler(ValueError):
+    """There is no scheduler of this name; the message has those there are."""
+
+
+class RequestExists(ValueError):
+    """A request of this id has not ended."""
+
+
+class CostError(ValueError):
+    """No worker can have this cost model; the message names the coefficient."""
+
+
+class FitError(ValueError):
+    """No cost model can be fitted to these samples; the message says why."""
+
+
+class RowTooLong(ValueError):
+    """A row that fits no batch, not even alone; the message names it."""

@@ -91,6 +91,8 @@ class Client:
             min_tokens: tokens before which nothing but the limit ends the output.
             ignore_eos: go on past the model's end token.
             request_id: names the request in logs and answers; by default the router makes one up.
+            urgent: a running slice is cut for this request at once: a shorter time to its first token, at the price of a
+                slice start.
 
         Raises:
             InvalidRequest: a value is out of range, or prompt and limit pass the context; `field` says which.

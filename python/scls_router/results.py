@@ -77,6 +77,9 @@ class Piece(_Shown):
         logprobs: one for each of `ids`, if asked for.
         usage: set on the last piece of the request.
         request_id: the request's name, yours or the router's.
+        eta_ms: with the first piece of the request, if the router says: milliseconds from the placing of its last row
+            until the whole answer is there, as loads were then: no less than the first, and no more than the second if
+            all its tokens are drawn.
     """
 
     choice: int
@@ -87,6 +90,7 @@ class Piece(_Shown):
     logprobs: tuple[TokenLogprobs, ...]
     usage: Usage | None
     request_id: str
+    eta_ms: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -116,11 +120,13 @@ class Completion(_Shown):
         choices: the output sequences, in the order of their index.
         usage: what it took.
         request_id: the request's name, yours or the router's.
+        eta_ms: what was foreseen at its first piece; see `Piece`.
     """
 
     choices: tuple[Choice, ...]
     usage: Usage
     request_id: str
+    eta_ms: tuple[int, int] | None = None
 
     @property
     def text(self) -> str:

@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyList, PyTuple, PyType};
 use router_core::{Blocks, Candidate, Choice, DecisionId, Micros, PolicyName, Seen, Tokens, WorkerId, choose, least};
 
-use crate::error::record;
+use crate::class::Class;
 
 /// Where a prompt goes, with all that was known when it was decided. Immutable, comparable, picklable.
 ///
@@ -173,7 +172,6 @@ fn plain<'a>(candidate: &Candidate, name: &'a Arc<str>) -> (&'a str, u64, u64, u
 
 /// The candidates as `scls_router.Candidate`s.
 pub(crate) fn candidates<'py>(py: Python<'py>, seen: &Seen) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    let class = record(py, &CLASS, "Candidate")?;
-    seen.candidates.iter().zip(&*seen.names).map(|(candidate, name)| class.call1(plain(candidate, name))).collect()
+    static CANDIDATE: Class = Class::new("scls_router._router", "Candidate");
+    seen.candidates.iter().zip(&*seen.names).map(|(candidate, name)| CANDIDATE.of(py, plain(candidate, name))).collect()
 }

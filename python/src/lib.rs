@@ -2,10 +2,16 @@
 //! `help`; a test holds them together.
 #![allow(clippy::doc_markdown, clippy::doc_link_with_quotes)] // they are Python's
 
+mod action;
+mod batch;
+mod class;
+mod cost;
 mod decision;
 mod error;
 mod ids;
+mod report;
 mod router;
+mod scheduler;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -62,8 +68,12 @@ fn main(py: Python<'_>, args: Vec<OsString>, python: Option<PathBuf>) -> u8 {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<batch::Batcher>()?;
+    module.add_class::<batch::Offloader>()?;
+    module.add_class::<cost::CostModel>()?;
     module.add_class::<decision::Decision>()?;
     module.add_class::<router::Router>()?;
+    module.add_class::<scheduler::Scheduler>()?;
     module.add_function(wrap_pyfunction!(hash_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(main, module)?)
 }

@@ -7,14 +7,14 @@ use std::thread::{self, ThreadId};
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyString, PyTuple, PyType};
+use pyo3::types::{PyBytes, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
 use router_core::{BlockHash, BlockSize, Blocks, Choice, DecisionId, PolicyName, Prompt, Seen};
 use router_server::tokenizer::Tokenizer;
 
+use crate::class::Class;
 use crate::decision::{Decision, candidates};
-use crate::error::{Error, record, unknown_policy};
+use crate::error::{Error, no_times, unknown_policy};
 use crate::ids::ids;
 
 enum Policy {
@@ -256,11 +256,11 @@ impl Router {
 
     /// What is believed of each worker, in the order of candidates.
     fn workers<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-        let class = record(py, &CLASS, "WorkerLoad")?;
+        static LOAD: Class = Class::new("scls_router._router", "WorkerLoad");
         let states: Vec<_> = self.with(py, |core| core.workers().collect())?;
         let fields = |state: router_core::WorkerState| {
-            class.call1((&*state.name, state.queued.0, state.batch_size, state.indexed.0, state.capacity.map(|b| b.0)))
+            let capacity = state.capacity.map(|blocks| blocks.0);
+            LOAD.of(py, (&*state.name, state.queued.0, state.batch_size, state.indexed.0, capacity))
         };
         states.into_iter().map(fields).collect()
     }
@@ -351,6 +351,9 @@ fn read_policy(policy: &Bound<'_, PyAny>) -> PyResult<(Policy, Arc<str>)> {
     let py = policy.py();
     if let Ok(name) = policy.cast::<PyString>() {
         let name: PolicyName = name.to_str()?.parse().map_err(|error| unknown_policy(py, &error))?;
+        if name == PolicyName::ProductTime {
+            return Err(no_times(py));
+        }
         return Ok((Policy::Named(name), Arc::from(name.as_str())));
     }
     if !policy.is_callable() {
@@ -366,10 +369,10 @@ fn read_policy(policy: &Bound<'_, PyAny>) -> PyResult<(Policy, Arc<str>)> {
 
 /// Asks a policy written in Python for its scores.
 fn ask(policy: &Bound<'_, PyAny>, seen: &Seen) -> PyResult<Vec<u128>> {
-    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static VIEW: Class = Class::new("scls_router._router", "View");
     let py = policy.py();
     let all = PyTuple::new(py, candidates(py, seen)?)?;
-    let view = record(py, &CLASS, "View")?.call1((seen.tokens.0, seen.turn, all))?;
+    let view = VIEW.of(py, (seen.tokens.0, seen.turn, all))?;
     let scores = policy.call1((view,))?;
     let score = |(at, score): (usize, PyResult<Bound<'_, PyAny>>)| {
         let score = score?;
@@ -403,6 +406,6 @@ fn load(path: &Path) -> PyResult<Tokenizer> {
 }
 
 /// The core changes nothing halfway, so what a panic left is whole.
-fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -308,6 +308,8 @@ def test_what_makes_no_sense_is_an_error() -> None:
         router.route_many("text")
     with pytest.raises(UnknownPolicy, match="round_robin"):
         Router("prodcut")
+    with pytest.raises(UnknownPolicy, match="Scheduler"):
+        Router("product_time")
     with pytest.raises(TypeError, match="got int"):
         Router(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_size"):

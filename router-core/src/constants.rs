@@ -33,6 +33,9 @@ pub(crate) const SETTLE: u32 = 16;
 /// A batch moves the correction by at least this part: as quick as a change of load, and not so quick that its own noise
 /// widens the band (by 1.6 %).
 pub(crate) const CORRECTION_GAIN: f64 = 1.0 / 16.0;
+/// Part by which a band is wider at each end than its residuals ask for. Where there is next to no noise they hang together
+/// (the same rows stay over slices), and bands miss by a thousandth: 98.9 % were covered without it, 99.3 % with it.
+pub(crate) const BAND_SLACK: f64 = 0.002;
 /// A model that the worker measured is right within this factor, or something is wrong with it.
 pub(crate) const TRUST_MEASURED: f64 = 2.0;
 /// The model of a worker that announced none: a slow CPU and a fast GPU are this far from it.
@@ -41,5 +44,5 @@ pub(crate) const TRUST_UNKNOWN: f64 = 1e3;
 pub(crate) const START_UNKNOWN: f64 = 10.0;
 /// Tokens of an output before any has ended, weighing as one row that ended.
 pub(crate) const FIRST_OUTPUT: f64 = 256.0;
-/// Iterations foreseen of a batch, a megabyte: a slice has at most [`MOST_SLICE`], and a sequence seldom as many.
+/// Iterations foreseen of a batch (1.5 MB): a slice has at most [`MOST_SLICE`], and a sequence seldom as many.
 pub(crate) const MOST_FORESEEN: u32 = 1 << 16;

@@ -5,6 +5,7 @@
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use router_core::{Mode, Pooled};
 use router_sim::Lengths;
@@ -38,9 +39,14 @@ fn main() -> ExitCode {
         }
     }
     let done = in_parallel(&jobs, |(mode, setup)| {
+        let began = Instant::now();
         let drains = setup.lengths == Lengths::sharegpt_like();
         let half = Setup { seconds: setup.seconds / 2.0, ..*setup };
-        (at_saturation(*mode, setup), drains.then(|| spread(*mode, &half, DRAINED)))
+        let figures = at_saturation(*mode, setup);
+        let spread = drains.then(|| spread(*mode, &half, DRAINED));
+        let (name, seed, rate, took) = (setup.lengths.name, setup.seed, figures.throughput, began.elapsed());
+        eprintln!("{name} {mode} seed {seed}: {rate:.2} req/s, {:.1} s", took.as_secs_f64());
+        (figures, spread)
     });
     let mut lines = Vec::new();
     for lengths in [Lengths::sharegpt_like(), Lengths::long_prompts()] {

@@ -19,6 +19,7 @@ use crate::worker::Command;
 
 enum Happening {
     Router(Event),
+    Tick,
     ToWorker(WorkerId, u64, Command),
     FromWorker(WorkerId, u64, u64, WorkerMessage),
     Wake(WorkerId, u64),
@@ -66,6 +67,8 @@ pub struct Simulation {
     sessions: u64,
     slots: u32,
     now: Micros,
+    /// When the scheduler wants to be asked again.
+    wake: Option<Micros>,
     actions: Vec<Action>,
     said: Vec<WorkerMessage>,
     outcome: Outcome,
@@ -90,6 +93,7 @@ impl Simulation {
             sessions: 0,
             slots: 0,
             now: Micros::ZERO,
+            wake: None,
             actions: Vec::new(),
             said: Vec::new(),
             outcome: Outcome::default(),
@@ -197,6 +201,11 @@ impl Simulation {
     fn happen(&mut self, happening: Happening) {
         match happening {
             Happening::Router(event) => self.router(event),
+            Happening::Tick => {
+                if self.wake.take_if(|wake| *wake <= self.now).is_some() {
+                    self.router(Event::Tick);
+                }
+            }
             Happening::Join(joins) => {
                 let (spec, actual, pace) = *joins;
                 let id = WorkerId(self.slots);
@@ -269,6 +278,7 @@ impl Simulation {
         }
         // an iteration under way has its wake already
         if let Some(at) = connected.worker.next_wake().filter(|at| before != Some(*at) || *at <= self.now) {
+            connected.totals.longest = connected.totals.longest.max(at.saturating_sub(self.now));
             self.calendar.push(at, Happening::Wake(id, session));
         }
     }
@@ -324,7 +334,14 @@ impl Simulation {
             Action::Reject(request, why) => {
                 self.outcome.rejected.insert(request, why);
             }
-            Action::WakeAt(at) => self.calendar.push(at.max(self.now), Happening::Router(Event::Tick)),
+            Action::WakeAt(at) => {
+                // one timer, as the server has: the earliest
+                let at = at.max(self.now);
+                if self.wake.is_none_or(|wake| at < wake) {
+                    self.wake = Some(at);
+                    self.calendar.push(at, Happening::Tick);
+                }
+            }
         }
     }
 

@@ -33,6 +33,8 @@ pub struct WorkerOutcome {
     pub evicted: Tokens,
     /// Most blocks a batch used at once.
     pub peak: u64,
+    /// The longest iteration, with a slice start before it.
+    pub longest: Micros,
     /// When its last slice ended.
     pub completed: Micros,
 }
@@ -137,6 +139,7 @@ impl Outcome {
             invalid: all.invalid + w.invalid,
             evicted: all.evicted + w.evicted,
             peak: all.peak.max(w.peak),
+            longest: all.longest.max(w.longest),
             completed: all.completed.max(w.completed),
         })
     }

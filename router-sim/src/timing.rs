@@ -27,19 +27,27 @@ impl Default for Timing {
 impl Timing {
     /// The same as a cost model, exactly; `None` where an iteration takes no time.
     pub fn cost_model(&self) -> Option<CostModel> {
-        let model = self.model();
-        let any = self.step.0 + self.per_row.0 + self.prefill_token_nanos > 0;
-        any.then_some(model)
+        self.cost_model_of(Layout::Paged)
     }
 
-    fn model(&self) -> CostModel {
-        CostModel::Paged {
-            prefill: PagedPrefill { constant: 0.0, per_token: self.prefill_token_nanos as f64 * 1e-9, per_pair: 0.0 },
-            step: PagedStep {
-                constant: self.step.0 as f64 * 1e-6,
-                per_row: self.per_row.0 as f64 * 1e-6,
-                per_context: 0.0,
+    /// The same for a worker that pads: its prompts are one pass of as many tokens as the rectangle has cells.
+    pub fn cost_model_of(&self, layout: Layout) -> Option<CostModel> {
+        let any = self.step.0 + self.per_row.0 + self.prefill_token_nanos > 0;
+        any.then(|| self.model(layout))
+    }
+
+    fn model(&self, layout: Layout) -> CostModel {
+        let [constant, per_row] = [self.step, self.per_row].map(|time| time.0 as f64 * 1e-6);
+        let per_token = self.prefill_token_nanos as f64 * 1e-9;
+        match layout {
+            Layout::Paged => CostModel::Paged {
+                prefill: PagedPrefill { constant: 0.0, per_token, per_pair: 0.0 },
+                step: PagedStep { constant, per_row, per_context: 0.0 },
             },
+            Layout::Padded => {
+                let step = PaddedCost { constant, per_row, ..PaddedCost::default() };
+                CostModel::Padded { prefill: PaddedCost { per_cell: per_token, ..step }, step }
+            }
         }
     }
 }
@@ -161,7 +169,7 @@ impl Pace {
 
 impl From<Timing> for Pace {
     fn from(timing: Timing) -> Self {
-        Self::linear(timing.model(), timing.chunk_tokens)
+        Self::linear(timing.model(Layout::Paged), timing.chunk_tokens)
     }
 }
 
@@ -235,6 +243,9 @@ mod tests {
         let timing = Timing::default();
         let it = Iteration { rows: 7, prefill: 300, ..Iteration::default() };
         assert_eq!(Clock::new(timing.into()).iteration(&it), Micros(4_000 + 350 + 15_000));
+        let padded = timing.cost_model_of(Layout::Padded).expect("it takes time");
+        let pass = Iteration { rows: 3, longest: 100, prefill: 300, ..Iteration::default() };
+        assert_eq!(Clock::new(timing.into()).iteration(&pass), micros(padded.iteration(&pass)));
         let free = Timing { step: Micros(0), per_row: Micros(0), prefill_token_nanos: 0, ..timing };
         assert_eq!(free.cost_model(), None);
         assert!(timing.cost_model().is_some_and(|model| micros(model.iteration(&it)) == Micros(19_350)));

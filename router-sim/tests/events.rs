@@ -91,7 +91,7 @@ impl Case {
         let announces = random.chance(0.5);
         let worker = |random: &mut Random, at: Micros| {
             let noise = Noise { sigma, bias: sigma * random.normal(), seed: random.next() };
-            let cost = timing.cost_model().filter(|model| announces && model.layout() == layout);
+            let cost = timing.cost_model_of(layout).filter(|_| announces);
             let chunk = Tokens(timing.chunk_tokens.into());
             let spec = WorkerSpec { epoch: Epoch(1), chunk, layout, cost, ..spec(blocks, max_rows) };
             (at, spec, Pace::from(timing).with_noise(noise))

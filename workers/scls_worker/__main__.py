@@ -37,12 +37,20 @@ def run(arguments: Sequence[str] | None) -> None:
     )
     served: Served = build(options)
 
+    from . import calibrate, cost
     from .engine import Engine
     from .kv_pool import KvPool
     from .loop import EngineThread
     from .server import serve
 
     info = served.info
+    if options.calibrate:
+        calibrate.command(options.calibrate, served.runner, info, lambda line: print(line, file=sys.stderr, flush=True))
+        return
+    if options.cost_model:
+        info.cost_model.CopyFrom(cost.read(options.cost_model, info))
+    elif not info.HasField("cost_model") and not options.mock:
+        calibrate.at_start(served.runner, info)
     engine = Engine(served.runner, KvPool(info.blocks, info.block_size), info, lambda: time.monotonic_ns() // 1000)
 
     def announce(port: int) -> None:

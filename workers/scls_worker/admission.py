@@ -8,12 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from scls_router.proto import worker_pb2 as pb
 
 from .kv_pool import KvPool, Use
+from .layout import Layout
 from .plans import Plan, Refusal
 from .rows import Row, RowKey
 
 
 def admit(
-    plan: Plan, base: Sequence[Row], rows: Mapping[RowKey, Row], ended: Set[RowKey], pool: KvPool, max_rows: int
+    plan: Plan,
+    base: Sequence[Row],
+    rows: Mapping[RowKey, Row],
+    ended: Set[RowKey],
+    pool: KvPool,
+    layout: Layout,
+    max_rows: int,
 ) -> list[Row]:
     """The rows of the plan's batch, each with blocks promised for as far as it can come. Raises Refusal, and then all
     rows are held as they are.
@@ -32,7 +39,7 @@ def admit(
         hold((row for row in rows.values() if row not in members), pool)
         for row in kept:
             row.move(pool, Use.RUNNING)
-        _reserve(plan, batch, pool)
+        _reserve(plan, batch, layout.ceilings(batch, plan.steps), pool)
     except Refusal:
         hold(rows.values(), pool)
         raise
@@ -61,9 +68,8 @@ def _kept(plan: Plan, base: Sequence[Row], rows: Mapping[RowKey, Row], ended: Se
     return [rows[key] for key in keys if key in rows and key not in plan.leave]
 
 
-def _reserve(plan: Plan, batch: Sequence[Row], pool: KvPool) -> None:
+def _reserve(plan: Plan, batch: Sequence[Row], ceilings: Sequence[int], pool: KvPool) -> None:
     """Promises every row the blocks it can need, so that nothing runs short inside the batch."""
-    ceilings = [pool.blocks_for(row.positions_after(plan.steps)) for row in batch]
     if plan.ceiling_blocks and sum(ceilings) > plan.ceiling_blocks:
         raise Refusal(pb.Refused.REASON_NO_MEMORY, f"ceiling_blocks: {sum(ceilings)} wanted")
     needs = [max(0, ceiling - len(row.blocks)) for ceiling, row in zip(ceilings, batch, strict=True)]

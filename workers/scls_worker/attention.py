@@ -1,11 +1,12 @@
 """Attention over KV in blocks, for rows packed one behind the other: what transformers calls in each layer.
 
-`Pass` is made once an iteration and says where each token's KV goes and which KV it sees; the layers only gather. This
-is the reference: plain SDPA over gathered KV, the same on every device. Knows blocks as numbers, no rows, no model.
+A pass is made once an iteration and says where each token's KV goes and which KV it sees; the layers only gather. `Pass`
+is that of blocks, `rectangle.Rectangle` of a padded batch: plain SDPA, the same on every device. Knows blocks as numbers,
+no rows, no model.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,46 @@ from torch.nn.functional import scaled_dot_product_attention
 HARMLESS = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_router_logits", "cache_position", "return_dict"}
 )
+
+
+class Attention(Protocol):
+    """What a pass does in each layer."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # [1, H, T, D]
+        key: Tensor,  # [1, Hkv, T, D]
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # [1, T, H, D]
+        """All KV of a layer is written before any is read: rows see each other's."""
+
+
+def attend(
+    module: Any,
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, Hkv, T, D]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    scls: Attention | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface.
+
+    A row's KV outside the window stays where it is: another layer may see all of it, and a prefix is found whole.
+    """
+    assert scls is not None, "the model runs through scls_worker.model only"
+    unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
+    if unknown:
+        raise NotImplementedError(f"attention argument: {', '.join(sorted(unknown))}")
+    return scls.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
 
 
 class Span(NamedTuple):
@@ -61,14 +102,14 @@ class Pass:
         self.ones = len(ones)
         self.spans = [spans[i] for i in self.order]
         at = np.concatenate([np.arange(s.start, s.start + s.size) for s in self.spans])
-        self.positions = _to(at, device)  # [T]
-        self.ends = _to(np.cumsum([span.size for span in self.spans]) - 1, device)  # [rows], the last token of each
+        self.positions = to(at, device)  # [T]
+        self.ends = to(np.cumsum([span.size for span in self.spans]) - 1, device)  # [rows], the last token of each
         self.tables = [np.asarray(span.blocks, dtype=np.int64) for span in self.spans]
         # The block of each token, then its slot.
         into = [np.array([span.blocks[span.start // block_size] for span in self.spans[: self.ones]], dtype=np.int64)]
         for span, table in zip(self.spans[self.ones :], self.tables[self.ones :], strict=True):
             into.append(table[np.arange(span.start, span.start + span.size) // block_size])
-        self.written = _to(np.concatenate(into) * block_size + at % block_size, device)  # [T]
+        self.written = to(np.concatenate(into) * block_size + at % block_size, device)  # [T]
         self.longest = max(span.start + span.size for span in self.spans)
         self._sights: dict[int | None, Sight] = {}
 
@@ -101,7 +142,7 @@ class Pass:
             if mask is not None and window is not None:
                 mask = mask.triu(span.start - base - window + 1)
             slots = (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
-            prefills.append(Prefill(first, first + span.size, _to(slots, self.device), mask))
+            prefills.append(Prefill(first, first + span.size, to(slots, self.device), mask))
             first += span.size
         return Sight(self._look_of_ones(seen[: self.ones], window) if self.ones else None, prefills)
 
@@ -120,64 +161,53 @@ class Pass:
         mask = at < lengths[:, None]
         if window is not None:
             mask &= at >= lengths[:, None] - window
-        return Ones(_to(slots, self.device), _to(mask, self.device)[:, None, None, :])
+        return Ones(to(slots, self.device), to(mask, self.device)[:, None, None, :])
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        keys, values = self.pools[layer]  # [slots, Hkv, D]
+        keys[self.written] = key[0].transpose(0, 1)
+        values[self.written] = value[0].transpose(0, 1)
+
+        sight = self.sight(window)
+        query = query[0].transpose(0, 1)  # [T, H, D]
+        tokens, heads, width = query.shape
+        kv_heads = keys.shape[1]
+        out = query.new_empty(tokens, heads, width)
+        if sight.ones is not None:
+            n, length = sight.ones.slots.shape
+            flat = sight.ones.slots.view(-1)
+            k = keys.index_select(0, flat).view(n, length, kv_heads, width).transpose(1, 2)  # [N, Hkv, L, D]
+            v = values.index_select(0, flat).view(n, length, kv_heads, width).transpose(1, 2)
+            # The query heads of one KV head see the same keys: they stand in for query positions, and nothing is
+            # repeated.
+            q = query[:n].reshape(n, kv_heads, heads // kv_heads, width)
+            o = weigh(q, k, v, sight.ones.mask, scaling, softcap)
+            out[:n] = o.reshape(n, heads, width)
+        for first, last, slots, mask in sight.prefills:
+            k = keys.index_select(0, slots).transpose(0, 1)[None]  # [1, Hkv, L, D]
+            v = values.index_select(0, slots).transpose(0, 1)[None]
+            k = k.repeat_interleave(heads // kv_heads, 1)
+            v = v.repeat_interleave(heads // kv_heads, 1)
+            q = query[first:last].transpose(0, 1)[None]  # [1, H, T, D]
+            o = weigh(q, k, v, mask, scaling, softcap)
+            out[first:last] = o[0].transpose(0, 1)
+        return out[None]
 
 
-def _to(array: NDArray[Any], device: torch.device) -> Tensor:
+def to(array: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-def attend(
-    module: Any,
-    query: Tensor,  # [1, H, T, D]
-    key: Tensor,  # [1, Hkv, T, D]
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    scls: Pass | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface. All KV of a layer is written before any is read: rows see each other's.
-
-    A row's KV outside the window stays in its blocks: another layer may see all of it, and a prefix is found whole.
-    """
-    assert scls is not None, "the model runs through scls_worker.model only"
-    unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
-    if unknown:
-        raise NotImplementedError(f"attention argument: {', '.join(sorted(unknown))}")
-    keys, values = scls.pools[module.layer_idx]  # [slots, Hkv, D]
-    keys[scls.written] = key[0].transpose(0, 1)
-    values[scls.written] = value[0].transpose(0, 1)
-
-    sight = scls.sight(sliding_window)
-    query = query[0].transpose(0, 1)  # [T, H, D]
-    tokens, heads, width = query.shape
-    kv_heads = keys.shape[1]
-    out = query.new_empty(tokens, heads, width)
-    if sight.ones is not None:
-        n, length = sight.ones.slots.shape
-        flat = sight.ones.slots.view(-1)
-        k = keys.index_select(0, flat).view(n, length, kv_heads, width).transpose(1, 2)  # [N, Hkv, L, D]
-        v = values.index_select(0, flat).view(n, length, kv_heads, width).transpose(1, 2)
-        # The query heads of one KV head see the same keys: they stand in for query positions, and nothing is repeated.
-        q = query[:n].reshape(n, kv_heads, heads // kv_heads, width)
-        o = _weigh(q, k, v, sight.ones.mask, scaling, softcap)
-        out[:n] = o.reshape(n, heads, width)
-    for first, last, slots, mask in sight.prefills:
-        k = keys.index_select(0, slots).transpose(0, 1)[None]  # [1, Hkv, L, D]
-        v = values.index_select(0, slots).transpose(0, 1)[None]
-        k = k.repeat_interleave(heads // kv_heads, 1)
-        v = v.repeat_interleave(heads // kv_heads, 1)
-        q = query[first:last].transpose(0, 1)[None]  # [1, H, T, D]
-        o = _weigh(q, k, v, mask, scaling, softcap)
-        out[first:last] = o[0].transpose(0, 1)
-    return out[None], None  # [1, T, H, D]
-
-
-def _weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+def weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
     """SDPA, or the same with scores bent towards at most `softcap`, which SDPA does not know: [.., T, D]."""
     if softcap is None:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)

@@ -13,7 +13,8 @@ from scls_router.proto import worker_pb2 as pb
 
 from . import reports
 from .admission import admit, hold
-from .kv_pool import KvPool, Use
+from .kv_pool import KvPool
+from .layout import layout_of
 from .owner import Owner, Session
 from .plans import Plan, Refusal, read_plan
 from .rows import Batch, Chunk, Drawn, Row, RowKey
@@ -35,6 +36,7 @@ class Engine:
         self, runner: Runner, pool: KvPool, info: common.WorkerInfo, clock: Callable[[], int], lease_us: int = LEASE_US
     ) -> None:
         self.runner, self.pool, self.info = runner, pool, info
+        self.layout = layout_of(info, pool)
         self.clock, self.lease_us = clock, lease_us  # microseconds, monotonic
         self.owner = Owner(info.worker_epoch)
         self.lease_ends_us: int | None = None
@@ -60,17 +62,16 @@ class Engine:
         began_us = self.clock()
         if batch.iterations == 0 and self.device_idle_since_us is not None:
             batch.idle_us = began_us - self.device_idle_since_us
-        fresh: list[int] = []
         prefills = any(row.wants_prefill for row in batch.live)
         try:
-            chunks = self._plan_chunks(batch, fresh)
+            chunks = self.layout.chunks(batch, self.rows.values())
             batch.peak_blocks = max(batch.peak_blocks, self.pool.running)
             drawn = self.runner.run(chunks)
             if len(drawn) != sum(chunk.draws for chunk in chunks):
                 raise RuntimeError("the runner drew another number of tokens than asked")
         except Exception as error:
             log.exception("batch failed: %s", batch.number)
-            self._fail(batch, error, fresh)
+            self._fail(batch, error)
             return
         told = self._advance(batch, chunks, drawn)
         batch.iterations += 1
@@ -83,34 +84,13 @@ class Engine:
         self._send_step(batch, told)
         self._end_if_due()
 
-    def _plan_chunks(self, batch: Batch, fresh: list[int]) -> list[Chunk]:
-        """What each row computes now. Rows share the chunk budget in order."""
-        budget = self.info.chunk_tokens
-        chunks = []
-        for row in batch.live:
-            size = 1
-            if row.wants_prefill:
-                if budget == 0:
-                    continue
-                row.look_up(self.pool)
-                size = min(row.uncomputed, budget, row.prefill_budget or budget)
-                budget -= size
-            self._make_room(self.pool.blocks_for(row.computed + size) - len(row.blocks))
-            fresh += row.grow(self.pool, row.computed + size)
-            chunks.append(Chunk(row, row.computed, size, draws=size == row.uncomputed))
-        return chunks
-
-    def _make_room(self, blocks: int) -> None:
-        """Held rows lose their KV when its blocks are wanted and not before, lowest rank first."""
-        while blocks > self.pool.free + self.pool.cached:
-            held = (row for row in self.rows.values() if row.use is Use.HELD and row.blocks)
-            min(held, key=lambda row: (row.hold_rank, row.key)).drop_kv(self.pool)
-
     def _advance(self, batch: Batch, chunks: Sequence[Chunk], drawn: Iterable[Drawn]) -> list[pb.RowTokens]:
         """Writes down what the pass computed and drew; rows that ended leave."""
         rest = iter(drawn)
         told = []
         for row, _, size, draws in chunks:
+            if row.finish:  # it ended before, and its place was computed for nobody
+                continue
             row.settle(self.pool)
             row.computed += size
             row.ran += size
@@ -136,12 +116,12 @@ class Engine:
         del self.rows[row.key]
         self.ended.add(row.key)
 
-    def _fail(self, batch: Batch, error: Exception, fresh: Sequence[int]) -> None:
+    def _fail(self, batch: Batch, error: Exception) -> None:
         """The pass failed: its rows end, and nothing it should have computed keeps a name."""
         ended, batch.live = batch.live, []
         for row in ended:
             self._finish(row, common.FINISH_REASON_ERROR)
-        self.pool.forget(fresh)
+        self.layout.forget()
         batch.iterations += 1
         self.device_idle_since_us = self.clock()
         self._send_step(batch, [reports.row_tokens(row, None) for row in ended])
@@ -173,6 +153,8 @@ class Engine:
         """The batch is over. The standing plan starts before the report goes out, which names it."""
         self.batch, self.base = None, batch
         self.batch_ended_us = self.clock()
+        self.layout.end(batch.live)
+        report = reports.slice_report(batch, end, error)
         plan, self.standing = self.standing, None
         if plan is None:
             hold(batch.live, self.pool)
@@ -180,8 +162,8 @@ class Engine:
             # A refusal goes before the report: the router would take a plan it sent for one that starts.
             self._start(plan)
         self._send_deltas()
-        next_batch = self.batch.number if self.batch else 0
-        self.owner.send(slice_report=reports.slice_report(batch, end, next_batch, error))
+        report.next_batch = self.batch.number if self.batch else 0
+        self.owner.send(slice_report=report)
         self._send_load()
         # A batch without rows does not run.
         self._end_if_due()
@@ -190,7 +172,7 @@ class Engine:
         """The plan's batch runs from now on, or the plan is refused and nothing runs."""
         base = self.base.rows if self.base else []
         try:
-            rows = admit(plan, base, self.rows, self.ended, self.pool, self.info.max_rows)
+            rows = admit(plan, base, self.rows, self.ended, self.pool, self.layout, self.info.max_rows)
         except Refusal as refusal:
             self.refuse(plan.number, refusal)
             return
@@ -294,6 +276,8 @@ class Engine:
         if session is not self.owner.session:
             return
         self.owner.leave()
+        if self.batch is not None:
+            self.layout.end(self.batch.live)
         hold(self.rows.values(), self.pool)
         self.batch = self.standing = None
         self.lease_ends_us = self.clock() + self.lease_us

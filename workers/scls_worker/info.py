@@ -65,6 +65,7 @@ def worker_info(
     device: str,
     dtype: str,
     engine: str,
+    padded: bool = False,
 ) -> common.WorkerInfo:
     epoch = secrets.randbits(63) or 1
     return common.WorkerInfo(
@@ -78,7 +79,7 @@ def worker_info(
         block_size=block_size,
         blocks=blocks,
         max_rows=max_rows,
-        cost_shape=common.COST_SHAPE_PAGED,
+        cost_shape=common.COST_SHAPE_PADDED if padded else common.COST_SHAPE_PAGED,
         tokenizer_digest=tokenizer_digest,
         proto_minor=PROTO_MINOR,
         chunk_tokens=chunk_tokens,

@@ -8,6 +8,7 @@ conformance suite.
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from scls_router.proto import common_pb2 as common
 
@@ -48,18 +49,44 @@ class MockRunner:
         step_us: int = 0,
         prefill_us_per_token: float = 0.0,
         sleep: Callable[[float], None] = time.sleep,
+        padded: bool = False,
     ) -> None:
         self.vocab = vocab
         self.step_us = step_us
         self.prefill_us_per_token = prefill_us_per_token
         self.sleep = sleep
+        self.padded = padded
 
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
-        prefill = sum(chunk.size for chunk in chunks if chunk.size > 1)
-        duration_us = self.step_us + prefill * self.prefill_us_per_token
+        duration_us = self.step_us + self._prefilled(chunks) * self.prefill_us_per_token
         if duration_us > 0:
             self.sleep(duration_us / 1e6)
         return [self._draw(chunk.row) for chunk in chunks if chunk.draws]
+
+    def cost(self) -> dict[str, Any] | None:
+        """Its cost model, as `scls_router.CostModel.to_dict` gives one: exactly what it sleeps. None: it does not."""
+        if not self.step_us and not self.prefill_us_per_token:
+            return None
+        step, prefilled = self.step_us / 1e6, self.prefill_us_per_token / 1e6
+        exact = {"r2": 1.0, "mean_error": 0.0, "p99_error": 0.0}
+        if self.padded:
+            nothing = {"per_row": 0.0, "per_position": 0.0, "per_cell": 0.0}
+            passes = {"prefill": {**nothing, "constant": step, "per_cell": prefilled}}
+            return {"shape": "padded", **passes, "step": {**nothing, "constant": step}, **exact}
+        prefill = {"constant": 0.0, "per_token": prefilled, "per_pair": 0.0}
+        return {
+            "shape": "paged",
+            "prefill": prefill,
+            "step": {"constant": step, "per_row": 0.0, "per_context": 0.0},
+            **exact,
+        }
+
+    def _prefilled(self, chunks: Sequence[Chunk]) -> int:
+        """Tokens, or cells of the rectangle."""
+        sizes = [chunk.size for chunk in chunks if chunk.row.wants_prefill and not chunk.row.finish]
+        if self.padded:
+            return len(chunks) * max(sizes, default=0)
+        return sum(sizes)
 
     def _draw(self, row: Row) -> Drawn:
         token = next_token(int(row.tokens[row.known - 1]), row.known - 1, self.vocab)

@@ -1,4 +1,4 @@
-"""A model folder as a runner: transformers' own modelling code over our KV blocks, through its attention interface.
+"""A model folder as a runner: transformers' own modelling code over our KV, through its attention interface.
 
 Runs what the engine planned, one forward pass for all rows, logits only where a token is drawn. Does not know which
 rows there are next, nor who asked.
@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
@@ -26,7 +27,8 @@ from .errors import StartupError
 from .folder import eos_token_ids
 from .info import digest, model_files, tokenizer_files, worker_info
 from .options import CONTEXTS_A_POOL, Served
-from .rows import Chunk, Drawn
+from .rectangle import Rectangle
+from .rows import Chunk, Drawn, Row, RowKey
 from .sampling import Want, draw_tokens
 
 AttentionInterface.register("scls", attend)
@@ -44,9 +46,9 @@ CUDA_POOL_SHARE = 0.6
 
 
 class ModelRunner:
-    def __init__(self, model: Any, blocks: int, block_size: int) -> None:
+    def __init__(self, model: Any, blocks: int, block_size: int, padded: bool = False) -> None:
         self.model = model
-        self.block_size = block_size
+        self.block_size, self.padded = block_size, padded
         self.device = model.device
         config = model.config.get_text_config()
         shape = (blocks * block_size, *kv_shape(config))  # [slots, Hkv, D]
@@ -60,21 +62,34 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
-        spans = [Span(chunk.row.blocks, chunk.start, chunk.size) for chunk in chunks]
-        here = Pass(spans, self.block_size, self.pools, self.device)
-        packed = [chunks[i] for i in here.order]
-        ids = np.concatenate([chunk.row.tokens[chunk.start : chunk.start + chunk.size] for chunk in packed])
-        drawing = [i for i, chunk in enumerate(packed) if chunk.draws]
+        here, ids = self._lay(chunks)
+        drawing = [i for i, at in enumerate(here.order) if chunks[at].draws]
         logits = self._logits(torch.from_numpy(ids.astype(np.int64)).to(self.device), here, drawing)  # [N, V]
         if not drawing:
             return []
-        rows = [packed[i].row for i in drawing]
+        rows = [chunks[here.order[i]].row for i in drawing]
         wants = [Want(row.draw, row.output_len, row.counted()) for row in rows]
-        # Back from packed order to the engine's.
+        # Back from the pass's order to the engine's.
         drawn = {here.order[i]: one for i, one in zip(drawing, draw_tokens(logits, wants), strict=True)}
         return [drawn[i] for i in sorted(drawn)]
 
-    def _logits(self, ids: Tensor, here: Pass, drawing: Sequence[int]) -> Tensor:
+    def _lay(self, chunks: Sequence[Chunk]) -> tuple[Pass | Rectangle, NDArray[np.uint32]]:
+        """The pass, and its token ids in the pass's order."""
+        ids = [chunk.row.tokens[chunk.start : chunk.start + chunk.size] for chunk in chunks]
+        if self.padded:
+            sizes = [chunk.size for chunk in chunks]
+            # All rows have as many blocks, but those that ended gave theirs back.
+            width = max(len(chunk.row.blocks) for chunk in chunks) * self.block_size
+            rectangle = Rectangle([chunk.start for chunk in chunks], sizes, width, self.pools, self.device)
+            cells = np.zeros((len(chunks), max(sizes)), dtype=np.uint32)
+            for row, its in zip(cells, ids, strict=True):
+                row[: len(its)] = its
+            return rectangle, cells.reshape(-1)
+        spans = [Span(chunk.row.blocks, chunk.start, chunk.size) for chunk in chunks]
+        packed = Pass(spans, self.block_size, self.pools, self.device)
+        return packed, np.concatenate([ids[i] for i in packed.order])
+
+    def _logits(self, ids: Tensor, here: Pass | Rectangle, drawing: Sequence[int]) -> Tensor:
         """Of the last tokens of the spans `drawing`. The family's own forward makes them: what it does behind the
         output layer (Gemma 2 caps logits softly) is no business of ours.
         """
@@ -115,10 +130,11 @@ def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Ser
         chunk_tokens=options.chunk_tokens,
         device=device,
         dtype=dtype,
+        padded=options.layout == "padded",
         engine=f"scls-worker {__version__} torch {torch.__version__} transformers {transformers.__version__}",
     )
     try:
-        runner = ModelRunner(model, blocks, options.block_size)
+        runner = ModelRunner(model, blocks, options.block_size, padded=options.layout == "padded")
     except (RuntimeError, MemoryError) as error:
         raise StartupError(f"no memory for {blocks} KV blocks: {first_line(error)}") from None
     try_out(runner)
@@ -157,12 +173,12 @@ def load(folder: Path, device: str, dtype: str) -> Any:
 
 def try_out(runner: ModelRunner) -> None:
     """One token through all layers: what the hook does not understand shows here, not in a request."""
-    here = Pass([Span([0], 0, 1)], runner.block_size, runner.pools, runner.device)
-    with torch.inference_mode():
-        try:
-            runner._logits(torch.zeros(1, dtype=torch.int64, device=runner.device), here, [0])
-        except Exception as error:
-            raise StartupError(f"the model does not run here: {first_line(error)}") from None
+    row = Row(RowKey(0, 0, 0), 0, np.zeros(2, dtype=np.uint32), known=1, prompt_len=1, max_tokens=1)
+    row.blocks.append(0)
+    try:
+        runner.run([Chunk(row, 0, 1, draws=True)])
+    except Exception as error:
+        raise StartupError(f"the model does not run here: {first_line(error)}") from None
 
 
 def pick_device(wanted: str) -> str:

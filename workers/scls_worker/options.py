@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scls_router.proto import common_pb2 as common
 
-from . import __version__
+from . import __version__, cost
 from .engine import Runner
 from .errors import StartupError
 from .folder import check_folder, check_tokenizer
@@ -25,7 +25,7 @@ CONTEXTS_A_POOL = 4
 
 class Served(NamedTuple):
     runner: Runner
-    info: common.WorkerInfo
+    info: common.WorkerInfo  # without a cost model, unless it is known beforehand
     tokenizer: list[Path]
 
 
@@ -66,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on cpu, bfloat16 on cuda")
     parser.add_argument(
+        "--layout",
+        choices=("paged", "padded"),
+        default="paged",
+        help="paged: rows in blocks, KV kept between slices. padded: one rectangle a batch; default: paged",
+    )
+    parser.add_argument(
         "--block-size", type=positive, default=16, metavar="TOKENS", help="tokens a KV block; default: 16"
     )
     parser.add_argument("--blocks", type=positive, metavar="N", help="KV blocks; default: from memory")
@@ -77,6 +83,15 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-context", type=positive, metavar="N", help="cap of prompt and output together; default: the model's"
+    )
+    parser.add_argument(
+        "--cost-model",
+        type=Path,
+        metavar="FILE",
+        help="what iterations cost here, of --calibrate; default: a short look at the start",
+    )
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="measure what iterations cost here, write it and exit"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="compute threads; default: torch's choice")
     parser.add_argument(
@@ -139,6 +154,12 @@ def build_mock(options: argparse.Namespace) -> Served:
         chunk_tokens=options.chunk_tokens,
         device="none",
         dtype="none",
+        padded=options.layout == "padded",
         engine=f"scls-worker {__version__} mock",
     )
-    return Served(MockRunner(vocab, options.step_us or 0, options.prefill_us_per_token or 0.0), info, tokenizer)
+    runner = MockRunner(
+        vocab, options.step_us or 0, options.prefill_us_per_token or 0.0, padded=options.layout == "padded"
+    )
+    if known := runner.cost():
+        info.cost_model.CopyFrom(cost.message(known))
+    return Served(runner, info, tokenizer)

@@ -71,7 +71,8 @@ def row_report(row: Row) -> pb.RowReport:
     )
 
 
-def slice_report(batch: Batch, end: pb.SliceReport.End, next_batch: int, error: str) -> pb.SliceReport:
+def slice_report(batch: Batch, end: pb.SliceReport.End, error: str) -> pb.SliceReport:
+    """Made before the next batch starts: its rows count from zero again. Who starts is filled in then."""
     return pb.SliceReport(
         batch=batch.number,
         end=end,
@@ -82,7 +83,8 @@ def slice_report(batch: Batch, end: pb.SliceReport.End, next_batch: int, error: 
         queue_us=batch.queue_us,
         idle_us=batch.idle_us,
         peak_blocks=batch.peak_blocks,
-        next_batch=next_batch,
+        pad_tokens=batch.pad_tokens,
+        invalid_tokens=batch.invalid_tokens,
         error=error,
     )
 

@@ -169,6 +169,13 @@ class Row:
             self.named += 1
         return fresh
 
+    def take_promised(self, pool: KvPool) -> None:
+        """All blocks at once, none of which will have a name."""
+        self.nameable = False
+        for _ in range(self.promised):
+            self.blocks.append(pool.take())
+        self.promised = 0
+
     def settle(self, pool: KvPool) -> None:
         """After the pass: the row lets go of blocks whose content the pool had already, and uses the pool's."""
         for place, block in self.doubles:
@@ -230,6 +237,7 @@ class Batch:
     rows: list[Row]  # as it started
     steps: int
     live: list[Row]
+    rectangle: list[Row] = field(default_factory=list)  # padded: all rows that an iteration computes, ended ones too
     dropped: list[Row] = field(default_factory=list)  # since the last iteration
     iterations: int = 0
     cut_at: int | None = None
@@ -239,3 +247,6 @@ class Batch:
     prefill_us: int = 0
     decode_us: int = 0
     peak_blocks: int = 0
+    # Padded: cells of the prompt pass that hold no token, and tokens computed for rows that had ended.
+    pad_tokens: int = 0
+    invalid_tokens: int = 0

@@ -1,4 +1,4 @@
-"""`attend` over KV in blocks against attention written down plainly, for random rows, chunks, windows and caps."""
+"""`attend` over KV in blocks and in a rectangle against attention written down plainly, for random rows, chunks, windows and caps."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 attention = pytest.importorskip("scls_worker.attention")
+rectangle = pytest.importorskip("scls_worker.rectangle")
 
 WIDTH, SCALING = 8, 0.3
 CPU = torch.device("cpu")
@@ -88,6 +89,66 @@ def test_attend_is_plain_attention(
         )
         expected = [plainly(*rows[i], spans[i].start, window, softcap) for i in here.order]
         torch.testing.assert_close(out[0], torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    steps=st.integers(0, 6),
+    spare=st.integers(0, 9),
+    window=st.none() | st.integers(1, 40),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    seed=st.integers(0, 1000),
+)
+@example(prompts=[8, 3], steps=2, spare=0, window=8, softcap=None, heads=(4, 2), seed=0)
+@example(prompts=[1, 1], steps=2, spare=0, window=1, softcap=None, heads=(4, 2), seed=0)
+def test_a_rectangle_is_plain_attention(
+    prompts: list[int],
+    steps: int,
+    spare: int,
+    window: int | None,
+    softcap: float | None,
+    heads: tuple[int, int],
+    seed: int,
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    q_heads, kv_heads = heads
+    n, width = len(prompts), max(prompts) + steps + spare
+    tokens = [length + steps for length in prompts]
+    q, k, v = (
+        [torch.randn((count, of, WIDTH), generator=random) for count in tokens] for of in (q_heads, kv_heads, kv_heads)
+    )
+    # What an earlier batch left is NaN: it shows in any sum it is part of, masked or not.
+    pools = [tuple(torch.full((n * width + spare, kv_heads, WIDTH), torch.nan) for _ in "kv")]
+    for step in range(steps + 1):
+        starts = [0] * n if step == 0 else [length + step - 1 for length in prompts]
+        sizes = prompts if step == 0 else [1] * n
+        here = rectangle.Rectangle(starts, sizes, width, pools, CPU)
+        assert here.positions.view(n, -1)[:, 0].tolist() == starts
+
+        def cells(rows: list[Any], at: list[int] = starts, counts: list[int] = sizes) -> Any:  # [1, H, N * L, D]
+            part = torch.zeros(n, max(counts), *rows[0].shape[1:])
+            for cell, row, first, count in zip(part, rows, at, counts, strict=True):
+                cell[:count] = row[first : first + count]
+            return part.flatten(0, 1).transpose(0, 1)[None]
+
+        out, _ = attention.attend(
+            SimpleNamespace(layer_idx=0),
+            cells(q),
+            cells(k),
+            cells(v),
+            None,
+            scaling=SCALING,
+            scls=here,
+            sliding_window=window,
+            softcap=softcap,
+        )
+        rows = out[0].view(n, max(sizes), q_heads, WIDTH)
+        for i, (first, count) in enumerate(zip(starts, sizes, strict=True)):
+            end = first + count
+            expected = plainly(q[i][first:end], k[i][:end], v[i][:end], first, window, softcap)
+            torch.testing.assert_close(rows[i, :count], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_is_looked_up_once_a_pass_and_not_where_it_cuts_nothing() -> None:

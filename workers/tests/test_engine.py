@@ -89,11 +89,31 @@ def test_chunk_budget_is_shared_in_order() -> None:
     assert {key[0] for key in router.finishes} == {1, 2, 3}
 
 
-def test_a_rows_prefill_budget() -> None:
+def test_a_rows_prefill_budget_holds_while_another_row_decodes() -> None:
     router = Router(chunk_tokens=16)
-    router.plan(1, add=[start(1, 10, 2, prefill_budget=3), start(2, 5, 2)])
+    router.plan(1, steps=3, add=[start(1, 5, 5), start(2, 30, 2, prefill_budget=3)])
     router.step()
-    assert [row.computed for row in router.engine.batch.rows] == [3, 5]
+    # Nobody decodes yet: row 2 takes what row 1 leaves of 16.
+    one, two = router.engine.batch.rows
+    assert (one.computed, two.computed) == (5, 11)
+    router.step(2)
+    assert (one.computed, two.computed) == (7, 17)
+    # Alone, it has the whole chunk; and 0 is the worker's chunk beside anybody.
+    router.plan(2, 1, leave=[row_id(1)], steps=1)
+    router.run()
+    assert two.computed == 30
+    router.plan(3, 2, keep=pb.Plan.KEEP_LIST, keep_rows=[row_id(1)], steps=2, add=[start(3, 30, 2)])
+    router.step()
+    assert router.engine.batch.rows[1].computed == 16
+
+
+def test_a_prefill_budget_is_of_each_row_and_within_the_chunk() -> None:
+    router = Router(chunk_tokens=16)
+    router.plan(1, steps=1, add=[start(1, 5, 9)])
+    rows = [start(2, 30, 2, prefill_budget=10), start(3, 30, 2, prefill_budget=10), start(4, 30, 2, prefill_budget=10)]
+    router.plan(2, 1, add=rows)
+    router.step(2)
+    assert [row.computed for row in router.engine.batch.rows] == [6, 10, 6, 0]
 
 
 def test_prefill_may_outlast_the_slice() -> None:
@@ -121,8 +141,10 @@ def test_a_row_looks_up_before_every_chunk() -> None:
     """Two rows of one prompt, prefilled side by side, each find what the other has computed."""
     router = Router(chunk_tokens=8)
     prompt = list(range(10, 43))
-    router.plan(1, add=[start(i, prompt, 3, prefill_budget=4) for i in (1, 2)])
-    (report,) = of(router.run(), "slice_report")
+    router.plan(1, steps=1, add=[start(9, 3, 20)])
+    router.plan(2, 1, add=[start(i, prompt, 3, prefill_budget=4) for i in (1, 2)])
+    report = of(router.run(), "slice_report")[-1]
+    report.rows.pop(0)
     assert [row.computed + row.cached for row in report.rows] == [35, 35]
     assert sum(row.computed for row in report.rows) == 32 + 2 * 3
     assert router.outputs[1, 0] == router.outputs[2, 0] == mock_output(prompt, 3)
@@ -289,6 +311,8 @@ def test_survivors_are_kept_and_newcomers_join() -> None:
     first, second = of(router.run(), "slice_report")
     assert (first.end, first.next_batch, second.next_batch) == (S.END_STEPS, 2, 0)
     assert [r.row.request for r in second.rows] == [2, 3]
+    # The survivor's first slice is told in full, though its second has begun by then.
+    assert (first.rows[1].computed, first.rows[1].emitted) == (7, 3)
     # The survivor computed one token an iteration; nothing of it was prefilled again.
     assert (second.rows[0].computed, second.rows[0].cached) == (2, 0)
 

@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 model_ = pytest.importorskip("scls_worker.model")
 attention = pytest.importorskip("scls_worker.attention")
+rectangle = pytest.importorskip("scls_worker.rectangle")
 
 LIST, NONE = pb.Plan.KEEP_LIST, pb.Plan.KEEP_NONE
 BLOCKS, BLOCK = 64, 4
@@ -43,18 +44,19 @@ class Family:
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
-    def router(self, chunk_tokens: int = 16) -> Router:
+    def router(self, chunk_tokens: int = 16, padded: bool = False) -> Router:
         return Router(
-            self.runner(),
+            self.runner(padded),
             blocks=BLOCKS,
             vocab_size=VOCAB,
             max_context=256,
             eos_token_ids=[],
             chunk_tokens=chunk_tokens,
+            padded=padded,
         )
 
-    def runner(self, blocks: int = BLOCKS) -> Any:
-        return model_.ModelRunner(self.weights, blocks, BLOCK)
+    def runner(self, padded: bool = False) -> Any:
+        return model_.ModelRunner(self.weights, BLOCKS, BLOCK, padded)
 
     def check(self, router: Router, *rows: pb.RowStart) -> None:
         for row in rows:
@@ -107,9 +109,9 @@ def row(request: int, length: int, max_tokens: int, **fields: Any) -> pb.RowStar
 
 
 # 5 is no multiple of a block, and chunks of it end inside every window; 64 takes any prompt here whole.
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_slices_of_mixed_batches(family: Family, chunk: int) -> None:
-    router = family.router(chunk)
+@pytest.mark.parametrize("chunk", [1, 5, 64, "padded"])
+def test_slices_of_mixed_batches(family: Family, chunk: int | str) -> None:
+    router = family.router(padded=True) if chunk == "padded" else family.router(int(chunk))
     rows = [row(1, 13, 20), row(2, 1, 12), row(3, 30, 12), row(4, 7, 18)]
     router.plan(1, steps=7, add=rows[:2])
     router.plan(2, 1, steps=3, add=rows[2:])
@@ -162,6 +164,32 @@ def test_logits_up_to_rounding_and_the_same_in_company_as_alone(family: Family) 
             torch.testing.assert_close(logits, mine, rtol=0, atol=float(2e-5 * scale))
 
 
+def test_logits_of_a_rectangle_up_to_rounding(family: Family) -> None:
+    """All prompts in one pass, then a token of each row at a time, over what an earlier batch has left: NaN."""
+    prompts = [prompt(request, length) for request, length in enumerate([33, 2, 24, 11])]
+    sizes = [len(ids) - 3 if len(ids) > 4 else 1 for ids in prompts]
+    runner = family.runner(padded=True)
+    for pool in (pool for pools in runner.pools for pool in pools):
+        pool.fill_(torch.nan)
+    with torch.inference_mode():
+        expected = [family.plain(torch.tensor([ids])).logits[0] for ids in prompts]
+    scale = max(logits.abs().max() for logits in expected)
+    for step in range(4):
+        starts = (
+            [0] * 4 if step == 0 else [min(size + step, len(ids)) - 1 for size, ids in zip(sizes, prompts, strict=True)]
+        )
+        counts = sizes if step == 0 else [1] * 4
+        here = rectangle.Rectangle(starts, counts, 36, runner.pools, runner.device)
+        cells = [
+            (ids[first:][:count] + [7] * 40)[: max(counts)]
+            for ids, first, count in zip(prompts, starts, counts, strict=True)
+        ]
+        with torch.inference_mode():
+            logits = runner._logits(torch.tensor(cells).view(-1), here, range(4))
+        for mine, theirs, first, count in zip(logits, expected, starts, counts, strict=True):
+            torch.testing.assert_close(mine, theirs[first + count - 1], rtol=0, atol=float(2e-5 * scale))
+
+
 class Prefill:
     def __init__(self, runner: Any, prompts: list[list[int]]) -> None:
         self.runner, self.prompts = runner, prompts
@@ -191,9 +219,12 @@ def test_a_family_is_built_from_its_folder(family: Family) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda(family: Family) -> None:
-    runner = model_.ModelRunner(model_.load(family.folder, "cuda", "float32"), BLOCKS, BLOCK)
-    router = Router(runner, blocks=BLOCKS, vocab_size=VOCAB, max_context=256, eos_token_ids=[], chunk_tokens=5)
+@pytest.mark.parametrize("padded", [False, True])
+def test_on_cuda(family: Family, padded: bool) -> None:
+    runner = model_.ModelRunner(model_.load(family.folder, "cuda", "float32"), BLOCKS, BLOCK, padded)
+    router = Router(
+        runner, blocks=BLOCKS, vocab_size=VOCAB, max_context=256, eos_token_ids=[], chunk_tokens=5, padded=padded
+    )
     rows = [row(1, 13, 20), row(2, 1, 12), row(3, 30, 12)]
     router.plan(1, add=rows)
     router.run()
@@ -204,10 +235,12 @@ def test_bfloat16_runs(family_of: Any) -> None:
     """Not compared: bfloat16 tokens depend on the batch. But every path has to keep its types."""
     for name in ("gemma2", "mixtral"):
         weights = model_.load(family_of(name).folder, "cpu", "bfloat16")
-        router = Router(model_.ModelRunner(weights, BLOCKS, BLOCK), vocab_size=VOCAB, max_context=256, eos_token_ids=[])
-        router.plan(1, add=[row(1, 13, 5), row(2, 30, 5)])
-        router.run()
-        assert [len(output) for output in router.outputs.values()] == [5, 5]
+        for padded in (False, True):
+            runner = model_.ModelRunner(weights, BLOCKS, BLOCK, padded)
+            router = Router(runner, vocab_size=VOCAB, max_context=256, eos_token_ids=[], padded=padded)
+            router.plan(1, add=[row(1, 13, 5), row(2, 30, 5)])
+            router.run()
+            assert [len(output) for output in router.outputs.values()] == [5, 5]
 
 
 # ---------------------------------------------------------------- rotary embeddings that look at the longest position
@@ -250,11 +283,12 @@ def test_rope_of_packed_rows(tmp_path: Path, rope: str) -> None:
     served = build(options(folder, "--max-context", "64"))
     assert served.info.max_context == 64
     family = Family(folder)
-    router = family.router()
-    rows = [row(1, 50, 14), row(2, 3, 9), row(3, 20, 20)]
-    router.plan(1, add=rows)
-    router.run()
-    family.check(router, *rows)
+    for padded in (False, True):
+        router = family.router(padded=padded)
+        rows = [row(1, 50, 14), row(2, 3, 9), row(3, 20, 20)]
+        router.plan(1, add=rows)
+        router.run()
+        family.check(router, *rows)
 
 
 # ---------------------------------------------------------------- refusals

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 
 import grpc
 import pytest
+import scls_router
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from scls_router.proto import common_pb2 as common
 from scls_router.proto import worker_pb2 as pb
 from scls_router.proto import worker_pb2_grpc
 from scls_worker.errors import StartupError
@@ -110,6 +112,45 @@ def test_a_session_on_the_mock(mock: Process) -> None:
     assert drawn == mock_output(ids_of(row), 20)
     assert [message.state_seq for message in messages] == list(range(1, len(messages) + 1))
     assert {message.worker_epoch for message in messages} == {info.worker_epoch}
+
+
+def test_what_a_mock_announces() -> None:
+    paged = Process("--mock", "--step-us", "2000", "--prefill-us-per-token", "50")
+    padded = Process("--mock", "--step-us", "2000", "--layout", "padded")
+    silent = Process("--mock")
+    infos = [process.stub.GetInfo(pb.GetInfoRequest()) for process in (paged, padded, silent)]
+    assert [info.cost_shape for info in infos] == [
+        common.COST_SHAPE_PAGED,
+        common.COST_SHAPE_PADDED,
+        common.COST_SHAPE_PAGED,
+    ]
+    assert infos[0].cost_model.paged.step_constant_s == pytest.approx(2e-3)
+    assert infos[0].cost_model.paged.prefill_per_token_s == pytest.approx(5e-5)
+    assert infos[1].cost_model.padded.prefill.constant_s == pytest.approx(2e-3)
+    assert not infos[2].HasField("cost_model")
+
+
+@pytest.mark.skipif(not hasattr(scls_router, "CostModel"), reason="scls_router without CostModel")
+@pytest.mark.parametrize("layout", ["paged", "padded"])
+def test_a_calibration_is_written_and_announced(tmp_path: Path, layout: str) -> None:
+    path, arguments = tmp_path / "cost.json", ("--mock", "--step-us", "1000", "--layout", layout)
+    done = subprocess.run(
+        [sys.executable, "-m", "scls_worker", *arguments, "--calibrate", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "" and done.stderr.splitlines()[-1].startswith("calibrate 100%: r2 ")
+    process = Process(*arguments, "--cost-model", str(path))
+    model = process.stub.GetInfo(pb.GetInfoRequest()).cost_model
+    fit = json.loads(path.read_text())["fit"]
+    assert model.WhichOneof("form") == layout and model.mean_error == pytest.approx(fit["mean_error"])
+    # The file says what was measured, not what the mock means to do.
+    step = model.paged.step_constant_s if layout == "paged" else model.padded.step.constant_s
+    assert step == pytest.approx(fit["model"]["step"]["constant"]) and step > 1e-3
+    # Another vocabulary is another model.
+    assert "model_digest" in fails("--mock", "--vocab", "500", "--layout", layout, "--cost-model", str(path))
 
 
 def test_sigterm_says_goodbye_in_the_middle_of_a_slice(mock: Process) -> None:
@@ -227,6 +268,17 @@ def fails(*arguments: str) -> str:
 def test_bad_flags() -> None:
     assert "--step-us" in fails("--model", "/nowhere", "--step-us", "5")
     assert "--vocab" in fails("--mock", "--vocab", "3")
+    assert (
+        "--layout"
+        in subprocess.run(
+            [sys.executable, "-m", "scls_worker", "--mock", "--layout", "x"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
+    )
+    assert "cannot read --cost-model" in fails("--mock", "--cost-model", "/nowhere")
+    assert "no such folder" in fails("--mock", "--calibrate", "/nowhere/at/all")
     assert "tokenizer.json" in fails("--mock", "--tokenizer", "/nowhere")
     taken = Process("--mock")
     assert taken.address in fails("--mock", "--port", taken.address.split(":")[1])

@@ -18,8 +18,7 @@ pub(super) struct Window {
 impl Window {
     /// Takes a ratio in; what is no ratio is taken as the nearest one.
     pub(super) fn push(&mut self, ratio: f64) {
-        // max and min also put a number in the place of NaN
-        let ratio = ratio.max(1e-6).min(1e6);
+        let ratio = if ratio.is_nan() { 1.0 } else { ratio.clamp(1e-6, 1e6) };
         let new = ratio as f32;
         let place = |sorted: &[f32], value: f32| sorted.partition_point(|x| *x < value);
         if self.ring.len() < RESIDUALS {
@@ -47,13 +46,19 @@ impl Window {
         self.sorted[at] = new;
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.sorted.len()
-    }
-
     /// Half are smaller.
     pub(super) fn median(&self) -> Option<f64> {
         self.sorted.get(self.sorted.len() / 2).map(|x| f64::from(*x))
+    }
+
+    /// How many are beyond [`Window::edges`] at either end.
+    fn outside(&self) -> usize {
+        ((self.sorted.len() as f64 + 1.0) * TAIL) as usize
+    }
+
+    /// There are enough for quantiles, whatever their distribution.
+    pub(super) fn has_quantiles(&self) -> bool {
+        self.outside() > 0
     }
 
     /// The next one is smaller than the first of these, or larger than the second, with a chance of [`TAIL`] each,
@@ -61,8 +66,7 @@ impl Window {
     /// n has a part of `r / (n + 1)` below it). A window that is too short for that has the bounds of a normal
     /// distribution of its logarithms. `None` before it has [`FEW`].
     pub(super) fn edges(&self) -> Option<[f64; 2]> {
-        let n = self.sorted.len();
-        let outside = ((n as f64 + 1.0) * TAIL) as usize;
+        let (n, outside) = (self.sorted.len(), self.outside());
         if outside > 0 {
             // the outside-th from each end
             let [low, high] = [self.sorted[outside - 1], self.sorted[n - outside]];
@@ -103,7 +107,9 @@ mod tests {
         #[test]
         fn it_holds_the_last_and_has_them_sorted(all in prop::collection::vec(prop_oneof![0.5f64..2.0, Just(1.0)], 0..3000)) {
             let mut window = Window::default();
-            all.iter().for_each(|x| window.push(*x));
+            for x in &all {
+                window.push(*x);
+            }
             let mut last: Vec<f32> = all.iter().rev().take(RESIDUALS).map(|x| *x as f32).collect();
             last.sort_by(f32::total_cmp);
             prop_assert_eq!(&window.sorted, &last);
@@ -124,15 +130,17 @@ mod tests {
         let mut window = Window::default();
         (1..=RESIDUALS).for_each(|x| window.push(x as f64));
         assert_eq!(window.edges(), Some([3.0, 998.0]));
-        // of 1001, three or fewer are outside: the next is above the 998th of 1000 with a chance of 3 in 1001
-        assert!(3.0 / 1001.0 <= TAIL);
+        // the next is above the 998th of 1000 with a chance of 3 in 1001
+        const { assert!(3.0 / 1001.0 <= TAIL) };
     }
 
     #[test]
     fn what_is_no_ratio_is_taken_as_one() {
         let mut window = Window::default();
-        [f64::NAN, f64::INFINITY, 0.0, -1.0, f64::NEG_INFINITY].iter().for_each(|x| window.push(*x));
-        assert_eq!(window.len(), 5);
+        for x in [f64::NAN, f64::INFINITY, 0.0, -1.0, f64::NEG_INFINITY] {
+            window.push(x);
+        }
+        assert_eq!(window.sorted.len(), 5);
         assert!(window.sorted.iter().all(|x| (1e-6..=1e6).contains(x)), "{window:?}");
         (0..20).for_each(|_| window.push(1.0));
         assert!(window.edges().is_some_and(|edges| edges.iter().all(|x| x.is_finite())));

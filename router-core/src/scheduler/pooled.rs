@@ -14,6 +14,7 @@ use crate::memory::{Extent, batch_ceiling};
 use crate::mode::{Batching, Interval, Mode, Offload, Pooled};
 use crate::offload::Offloader;
 use crate::plan::{MOST_TOLD, start};
+use crate::pool::WorkerSpec;
 use crate::row::Row;
 use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Worker};
@@ -53,6 +54,18 @@ struct Cut {
     time: Micros,
 }
 
+/// Iterations of a batch on a worker: until all rows are at their limits, and no more than S.
+fn steps<'a>(spec: &WorkerSpec, rows: impl Iterator<Item = &'a Row>, slice_len: u32) -> u32 {
+    let both = |(left, known): (Tokens, Tokens), row: &Row| (left.max(row.slice(slice_len)), known + row.tokens());
+    let (left, known) = rows.fold((Tokens::ZERO, Tokens::ZERO), both);
+    let prefill = match spec.layout {
+        // the pass over the prompts draws the first tokens
+        Layout::Padded => 0,
+        Layout::Paged => known.0.div_ceil(spec.chunk.0.max(1)),
+    };
+    (left + Tokens(prefill)).0.clamp(1, slice_len.into()) as u32
+}
+
 impl Queue {
     /// Neither a batch to run nor one that runs.
     fn is_empty(&self) -> bool {
@@ -83,9 +96,14 @@ impl Scheduler {
         if workers && !self.is_due(now, pooled.interval, actions) {
             return;
         }
-        let mut waiting = std::mem::take(&mut self.pool);
-        waiting.retain(|id| self.rows.contains_key(id));
-        waiting.sort_by_key(|id| self.rows[id].order);
+        // oldest first; those that ended are gone
+        let here = self.pool.drain(..).filter_map(|id| Some((self.rows.get(&id)?.order, id)));
+        let mut ordered: Vec<(u64, RowId)> = here.collect();
+        ordered.sort_unstable();
+        let mut waiting: Vec<RowId> = ordered.into_iter().map(|(_, id)| id).collect();
+        if let (Interval::AtOnce, Batching::Fcfs(n)) = (pooled.interval, pooled.batching) {
+            waiting = self.first(n as usize, waiting);
+        }
         if workers && !waiting.is_empty() {
             self.rounds.last = Some(now);
         }
@@ -95,6 +113,24 @@ impl Scheduler {
         for id in waiting {
             self.keep_in_pool(now, id, actions);
         }
+    }
+
+    /// Of rows in order those that workers with nothing to run can take, and those that no worker can; the others stay
+    /// in the pool. Batches in order need no more, and a long queue is not cut anew for each.
+    fn first(&mut self, rows: usize, waiting: Vec<RowId>) -> Vec<RowId> {
+        let synced = || self.workers.values().filter(|worker| worker.synced);
+        let free = || synced().filter(|worker| worker.queue.is_empty());
+        let most = |worker: &Worker| worker.spec.most_tokens();
+        let (most_free, most_any) = (free().map(most).max(), synced().map(most).max());
+        let mut places = free().count() * rows;
+        let (taken, rest) = waiting.into_iter().partition(|id| {
+            let total = self.rows.get(id).map(Row::total);
+            let takes = places > 0 && total <= most_free;
+            places -= usize::from(takes);
+            takes || total > most_any
+        });
+        self.pool = rest;
+        taken
     }
 
     /// Whether it is time for a round; if not, and it is known when, a wake-up is asked for.
@@ -185,7 +221,7 @@ impl Scheduler {
             capacity: able.iter().map(|worker| worker.spec.blocks).min().unwrap_or_default(),
             block_size: self.model.block_size,
             max_rows: able.iter().map(rows_of).min().unwrap_or(1).max(1),
-            steps: self.steps(rows.iter()),
+            steps: steps(&first.spec, rows.iter().filter_map(|id| self.rows.get(id)), self.slice_len()),
         };
         let extents: Vec<Extent> = rows.iter().map(|id| self.rows[id].extent()).collect();
         let most = batcher.max_rows;
@@ -204,20 +240,14 @@ impl Scheduler {
         cuts.collect()
     }
 
-    /// Iterations after which all of these rows are at their limits, and no more than S.
-    fn steps<'a>(&self, rows: impl Iterator<Item = &'a RowId>) -> u32 {
-        let most = self.slice_len();
-        let left = rows.filter_map(|id| self.rows.get(id)).map(|row| row.slice(most).0).max();
-        left.map_or(1, |left| (left as u32).max(1))
-    }
-
     /// Time of all iterations of a batch on a worker.
     fn batch_time(&self, worker: &Worker, rows: &[RowId]) -> Micros {
-        let tokens = || rows.iter().filter_map(|id| self.rows.get(id)).map(Row::tokens);
-        let context = tokens().sum();
-        let longest = tokens().max().unwrap_or_default();
+        let all = || rows.iter().filter_map(|id| self.rows.get(id));
+        let context = all().map(Row::tokens).sum();
+        let longest = all().map(Row::tokens).max().unwrap_or_default();
         let load = BatchLoad { rows: rows.len() as u64, longest, context, uncached: context };
-        worker.estimator.time(worker.estimator.model().slice(&load, u64::from(self.steps(rows.iter()))))
+        let steps = steps(&worker.spec, all(), self.slice_len());
+        worker.estimator.time(worker.estimator.model().slice(&load, steps.into()))
     }
 
     fn queue_at(&mut self, now: Micros, at: WorkerId, ids: Vec<RowId>, time: Micros, actions: &mut Vec<Action>) {
@@ -237,11 +267,6 @@ impl Scheduler {
     /// The worker gets its first batch, and the one after it to stand.
     pub(super) fn plan_formed(&mut self, now: Micros, id: WorkerId, actions: &mut Vec<Action>) {
         while let Some((batch, plan)) = self.next_formed(id) {
-            for start in &plan.add {
-                if let Some(home) = here(&mut self.rows, start.key, id) {
-                    home.budget = start.prefill_budget;
-                }
-            }
             actions.push(Action::Plan(id, plan));
             if self.workers.get(&id).is_some_and(|worker| worker.running.is_some()) {
                 self.sent(id, batch);
@@ -276,8 +301,10 @@ impl Scheduler {
                 continue;
             }
             let added: Vec<RowKey> = rows.iter().map(|row| row.key()).collect();
-            let add: Vec<RowStart> = rows.iter().map(|row| start(row, worker)).collect();
-            let steps = rows.iter().map(|row| row.slice(slice_len).0 as u32).max().unwrap_or(1).max(1);
+            // they begin together: nobody is kept waiting by a prompt
+            let whole = |row: &&Row| RowStart { prefill_budget: Tokens::ZERO, ..start(row, worker) };
+            let add: Vec<RowStart> = rows.iter().map(whole).collect();
+            let steps = steps(&worker.spec, rows.iter().copied(), slice_len);
             let extents: Vec<Extent> = rows.iter().map(|row| row.extent()).collect();
             let ceiling = batch_ceiling(worker.spec.layout, &extents, steps, self.model.block_size);
             if !rest.is_empty() {

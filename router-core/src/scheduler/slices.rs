@@ -3,7 +3,7 @@
 use super::{LATEST, Scheduler, here};
 use crate::cost::RowLoad;
 use crate::cut::Verdict;
-use crate::event::{Action, FinishReason, SliceReport};
+use crate::event::{Action, BatchEnd, FinishReason, SliceReport};
 use crate::ids::{RowKey, WorkerId};
 use crate::mode::Mode;
 use crate::record::{BatchOutcome, BatchRecord};
@@ -89,7 +89,9 @@ impl Scheduler {
         let time = report.prefill + report.decode;
         if report.steps > 0 {
             let band = worker.estimator.band(&running.forecast, report.steps);
-            worker.estimator.observe(&running.forecast, report.steps, time);
+            if report.end != BatchEnd::Error {
+                worker.estimator.observe(&running.forecast, report.steps, time);
+            }
             let emitted: Tokens = report.rows.iter().map(|row| row.emitted).sum();
             let stopped = report.rows.iter().filter(|row| row.finish == Some(FinishReason::Stop)).count();
             worker.estimator.observe_ends(emitted.0, stopped as u64);
@@ -122,7 +124,11 @@ impl Scheduler {
         }
         match verdict {
             Verdict::GoOn if !urgent => {}
-            Verdict::AskAt(at) if !urgent => actions.push(Action::WakeAt(at)),
+            Verdict::AskAt(at) if !urgent => {
+                if worker.joins.ask(now, at) {
+                    actions.push(Action::WakeAt(at));
+                }
+            }
             _ => {
                 actions.push(Action::Cut(id, no));
                 if let Some(running) = &mut worker.running {
