@@ -31,7 +31,7 @@ def run(door: list[str], *args: str, **env: str) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "router.toml"
-    path.write_text('port = 8080\nslice-len = 16\nmodel = "m"\nfleet_key = "env:THE_KEY"\n')
+    path.write_text('port = 8080\nscheduler = "scls"\nslice-len = 16\nmodel = "m"\nfleet_key = "env:THE_KEY"\n')
     return path
 
 
@@ -105,6 +105,34 @@ def test_a_wrong_setting_is_said_before_anything_listens(tmp_path: Path) -> None
     for command in (["config", "check"], ["config", "show"], ["serve", "--worker-urls", "grpc://127.0.0.1:1"]):
         done = run([ROUTER], *command, "--config", str(path), SCLS_ROUTER_SEED="x")
         assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_a_slice_length_is_for_the_papers_scheduler_alone(tmp_path: Path) -> None:
+    path = tmp_path / "router.toml"
+    path.write_text("slice_len = 8\n")
+    serve = ["serve", "--worker-urls", "grpc://127.0.0.1:1"]
+    up = ["up", "--model", str(MODEL)]
+    hint = "scheduler scls alone has a slice length that can be set\n"
+    for command in (["config", "check"], serve, up):
+        for flags, env, at_fault in [
+            (["--slice-len", "8"], {}, "slice_len (flag --slice-len) does not go with scheduler slice (default)"),
+            (
+                ["--scheduler", "ils"],
+                {"SCLS_ROUTER_SLICE_LEN": "8"},
+                "slice_len (env SCLS_ROUTER_SLICE_LEN) does not go with scheduler ils (flag --scheduler)",
+            ),
+            (
+                ["--config", str(path)],
+                {"SCLS_ROUTER_SCHEDULER": "sls"},
+                f"slice_len ({path}: slice_len) does not go with scheduler sls (env SCLS_ROUTER_SCHEDULER)",
+            ),
+        ]:
+            done = run([ROUTER], *command, *flags, **env)
+            assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {at_fault}\n{hint}"), command
+    for flags in (["--scheduler", "scls", "--slice-len", "8"], ["--scheduler", "scls", "--config", str(path)]):
+        assert run([ROUTER], "config", "check", *flags).returncode == 0
+    for flags in (["--slice-len", "0"], ["--scheduler", "scls", "--slice-len", "4294967296"], ["--scheduler", "lb"]):
+        assert run([ROUTER], "config", "check", *flags).returncode == 2
 
 
 def test_check_says_what_is_missing(file: Path) -> None:
@@ -206,3 +234,63 @@ def test_workers_run_in_the_interpreter_that_runs_the_router(tmp_path: Path) -> 
     for name, done in said.items():
         expected = "cannot run python3" if name == "cargo" else "--no-such-flag"
         assert done.returncode == 1 and expected in done.stderr, (name, done.stderr)
+
+
+FIT = {"shape": "paged", "prefill": {"per_token": 3.5e-5}, "step": {"constant": 0.003}}
+QUALITY = {"r2": 0.99, "mean_error": 0.02, "p99_error": 0.1}
+CALIBRATION = {"model": "m", "device": "cpu", "dtype": "float32", "layout": "paged", "fit": {**FIT, **QUALITY}, "grid": []}
+
+
+def python(folder: Path, code: str) -> str:
+    """A Python that is no more than this."""
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\nimport json, sys\nfrom pathlib import Path\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_calibrate_shows_the_workers_progress_and_what_came_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    worker = python(
+        tmp_path,
+        "print('calibrate  50%', file=sys.stderr)\nprint('not for scripts')\n"
+        "print(sys.argv[1:], file=sys.stderr)\n"
+        f"Path(sys.argv[sys.argv.index('--calibrate') + 1]).write_text({json.dumps(CALIBRATION)!r})",
+    )
+    args = ["calibrate", "--model", str(MODEL), "--out", str(out), "--python", worker, "--device", "cpu"]
+    done = run([ROUTER], *args, "--worker-args", "--layout paged")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "m, paged, cpu, float32: 0 points\n  prefill  per_token 35.00 us\n  step     constant 3000 us\n"
+        "  R2 0.9900, mean error 2.0 %, p99 10.0 %\n"
+        f"written to {out}\nscls-router up --model {MODEL} --cost-model {out}\n"
+    )
+    asked = ["-m", "scls_worker", "--model", str(MODEL), "--calibrate", str(out), "--device", "cpu", "--layout", "paged"]
+    assert done.stderr == f"calibrate  50%\n{asked}\n"
+
+
+def test_calibrate_says_what_went_wrong(tmp_path: Path) -> None:
+    calibrate = ["calibrate", "--model", str(MODEL), "--out", str(tmp_path / "cost.json")]
+    for code, expected, said in [
+        ("sys.exit('scls-worker: no such folder')", 1, "the worker ended before it was calibrated"),
+        ("sys.exit(2)", 2, "the worker cannot be calibrated"),
+        ("pass", 1, "cannot read what the worker wrote"),
+        ("Path(sys.argv[-1]).write_text('{}')", 1, "it holds no fit"),
+    ]:
+        done = run([ROUTER], *calibrate, "--python", python(tmp_path, code))
+        assert (done.returncode, done.stdout) == (expected, "") and said in done.stderr, (code, done.stderr)
+    done = run([ROUTER], *calibrate, "--python", str(tmp_path / "none"))
+    assert done.returncode == 1 and "cannot run" in done.stderr
+    for wrong in ([], ["--model", "no-such-model"]):
+        assert run([ROUTER], "calibrate", *wrong).returncode == 2
+
+
+def test_up_gives_its_workers_the_cost_model(tmp_path: Path) -> None:
+    cost = tmp_path / "cost.json"
+    worker = python(tmp_path, "sys.exit(' '.join(sys.argv))")
+    up = ["up", "--model", str(MODEL), "--port", "0", "--grpc-port", "0", "--admin-port", "0", "--python", worker]
+    done = run([ROUTER], *up, "--cost-model", str(cost))
+    assert done.returncode == 2 and f"no such cost model: {cost}" in done.stderr, done.stderr
+    cost.write_text("{}")
+    done = run([ROUTER], *up, SCLS_ROUTER_COST_MODEL=str(cost))
+    assert done.returncode == 1 and f"--model {MODEL} --cost-model {cost}" in done.stderr, done.stderr

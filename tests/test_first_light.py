@@ -1,4 +1,4 @@
-"""The first gate: greedy text through router and worker processes equals transformers, for every S and worker count."""
+"""The first gate: greedy text through router and worker processes equals transformers, for every scheduler and worker count."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def prompts() -> list[list[int]]:
     return [tokenizer.encode(text).ids[:n] for text, n in zip(texts, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("slice_len", [7, 64])
+@pytest.mark.parametrize("scheduler", ["slice", "scls", "scls --slice-len 7", "sls", "ils"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_greedy_equals_transformers(slice_len: int, workers: int) -> None:
+def test_greedy_equals_transformers(scheduler: str, workers: int) -> None:
     asked = prompts()
     urls = [Worker("--model", str(MODEL), "--dtype", "float32") for _ in range(workers)]
     try:
-        with Router([w.url for w in urls], "--slice-len", str(slice_len)) as router:
+        with Router([w.url for w in urls], "--scheduler", *scheduler.split()) as router:
             model = router.request("GET", "/v1/models")[2]
             name = json.loads(model)["data"][0]["id"]
 

@@ -26,7 +26,7 @@ from session import ids_of
 def channel() -> Iterator[grpc.Channel]:
     workers = [Worker("--model", str(MODEL), "--dtype", "float32", "--served-name", "tiny") for _ in range(2)]
     try:
-        with Router([w.url for w in workers], "--slice-len", "8") as router:
+        with Router([w.url for w in workers], "--scheduler", "ils") as router:
             with grpc.insecure_channel(router.addresses["grpc"]) as channel:
                 yield channel
     finally:
@@ -205,7 +205,7 @@ def test_a_snapshot_of_two_million_blocks() -> None:
         with grpc.insecure_channel(mock.url.removeprefix("grpc://")) as channel:
             info = worker_pb2_grpc.WorkerStub(channel).GetInfo(wpb.GetInfoRequest(), timeout=10)
         info.worker_id, info.blocks = "big", count + 1000
-        with HandmadeWorker(info, hashes) as big, Router([mock.url, big.url], "--slice-len", "8", ready=1) as router:
+        with HandmadeWorker(info, hashes) as big, Router([mock.url, big.url], ready=1) as router:
             with grpc.insecure_channel(router.addresses["grpc"]) as channel:
                 stub = router_pb2_grpc.RouterStub(channel)
                 began, slowest, indexed = time.monotonic(), 0.0, 0

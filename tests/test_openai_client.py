@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from doors import DOORS, Answer, Door, OpenAI, Refusal
@@ -39,8 +40,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         worker: Any = Worker("--model", str(MODEL), "--dtype", "float32", "--served-name", "tiny")
     else:
         worker = RustMock("--vocab", str(VOCAB), "--served-name", "tiny", "--tokenizer", str(MODEL))
-    # A short slice, so that everything crosses borders of slices.
-    with worker, Router([worker.url], "--slice-len", "5") as router:
+    # A slice of one iteration, so that everything crosses borders of slices.
+    with worker, Router([worker.url], "--scheduler", "ils") as router:
         yield Server(router, request.param)
         router.wait_drained()
 
@@ -373,6 +374,19 @@ def test_a_chunk_has_the_logprobs_of_its_text(client: openai.OpenAI) -> None:
         # The tokens are at least those of the text so far: only the last of them may be cut where a stop may begin.
         so_far = tokens.decode("utf-8", "replace")
         assert so_far.startswith(texts) and len(so_far) - len(texts) < len("never there"), (texts, so_far)
+
+
+def test_what_is_not_offered_is_asked_for_once(server: Server) -> None:
+    """The package takes any 5xx for a passing fault, unless it is told."""
+    sent: list[str] = []
+    with httpx.Client(event_hooks={"request": [lambda request: sent.append(request.url.path)]}) as http:
+        client = openai.OpenAI(
+            base_url=f"http://{server.router.addresses['http']}/v1", api_key="none", max_retries=3, http_client=http
+        )
+        with pytest.raises(openai.InternalServerError) as error:
+            client.embeddings.create(model="tiny", input="a")
+    assert error.value.status_code == 501 and error.value.code == "not_offered"
+    assert sent == ["/v1/embeddings"]
 
 
 def test_overload_and_absence_are_told_apart() -> None:

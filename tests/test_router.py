@@ -49,7 +49,7 @@ def mock(*args: str) -> RustMock:
 def pair() -> Iterator[tuple[Router, list[RustMock]]]:
     workers = [mock() for _ in range(2)]
     try:
-        with Router([w.url for w in workers], "--slice-len", "16") as router:
+        with Router([w.url for w in workers]) as router:
             yield router, workers
     finally:
         for worker in workers:
@@ -135,7 +135,7 @@ def test_sixteen_interleaved_conversations_hit_nearly_what_one_endless_cache_wou
             history += answer
 
     try:
-        with Router([w.url for w in workers], "--slice-len", "16") as router:
+        with Router([w.url for w in workers]) as router:
             with ThreadPoolExecutor(16) as pool:
                 for run in [pool.submit(converse, router, i) for i in range(16)]:
                     run.result()
@@ -174,7 +174,7 @@ def test_a_client_that_goes_away_frees_its_row_at_the_next_step(pair: tuple[Rout
 
 def test_with_the_memory_full_everything_still_finishes() -> None:
     # 80 blocks: three of these requests at once at most
-    with mock("--blocks", "80", "--max-rows", "8") as worker, Router([worker.url], "--slice-len", "8") as router:
+    with mock("--blocks", "80", "--max-rows", "8") as worker, Router([worker.url]) as router:
         asked = [(prompt(i, 200 + i), 60) for i in range(24)]
         with ThreadPoolExecutor(24) as pool:
             answers = list(pool.map(lambda item: completion(router, *item), asked))
@@ -189,9 +189,10 @@ def test_with_the_memory_full_everything_still_finishes() -> None:
 
 
 def test_a_slow_link_leaves_no_idle_time_between_slices() -> None:
-    """10 ms each way, slices of 32 steps of 2 ms: without a standing plan the worker would idle a quarter of the time."""
+    """10 ms each way, slices of some tens of steps of 2 ms: without a standing plan the worker would idle a quarter of the
+    time."""
     with mock("--link-delay-ms", "10", "--max-rows", "16", "--step-us", "2000") as worker:
-        with Router([worker.url], "--slice-len", "32") as router:
+        with Router([worker.url]) as router:
             asked = [(prompt(i, 50 + i), 30 + i * 17 % 150) for i in range(96)]
             with ThreadPoolExecutor(96) as pool:
                 runs = [pool.submit(completion, router, ids, n) for ids, n in asked]
@@ -207,7 +208,7 @@ def test_a_slow_link_leaves_no_idle_time_between_slices() -> None:
 def test_a_killed_workers_requests_go_on_elsewhere() -> None:
     workers = [mock("--step-us", "4000") for _ in range(2)]
     try:
-        with Router([w.url for w in workers], "--slice-len", "16") as router:
+        with Router([w.url for w in workers]) as router:
             asked = [(prompt(i, 60), 200) for i in range(20)]
             with ThreadPoolExecutor(20) as pool:
                 runs = [pool.submit(completion, router, ids, n) for ids, n in asked]

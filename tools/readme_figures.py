@@ -10,8 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def demo(report: dict) -> str:
+def circumstances(report: dict) -> str:
     machine = report["machine"]
+    return f"`{report['command']}`, {report['when']}, {machine['cores']} cores of {machine['cpu']}."
+
+
+def demo(report: dict) -> str:
     lines = [
         "| policy | hit ratio | of an infinite cache | mean TTFT | p95 TTFT |",
         "|---|---|---|---|---|",
@@ -21,7 +25,7 @@ def demo(report: dict) -> str:
             for row in report["rows"]
         ),
         "",
-        f"`{report['command']}`, {report['when']}, {machine['cores']} cores of {machine['cpu']}.",
+        circumstances(report),
     ]
     return "\n".join(lines)
 
@@ -39,7 +43,7 @@ def core(report: dict) -> str:
         f"| the tokenizer's own time for the new text | {us['the tokenizer alone, for the new text']:.0f} us |",
         f"| before it: parse the body, render the template | {us['parse the body']:.0f} and {us['render the template']:.0f} us |",
         "",
-        f"`{report['command']}`.",
+        circumstances(report),
     ]
     return "\n".join(lines)
 

@@ -63,8 +63,11 @@ fn main() -> ExitCode {
         let rows = rows.chain(parts.iter().map(|(name, times)| (*name, median(times))));
         let rows = rows.chain([("the tokenizer alone, for the new text", alone), ("allowed", allowed)]);
         let rows: Vec<Value> = rows.map(|(name, time)| json!({"part": name, "us": us(time)})).collect();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let report = json!({
-            "name": "core", "command": "make bench-core", "tokens": bench.whole(&messages).len(), "workers": WORKERS,
+            "name": "core", "command": "make bench-core", "commit": said("git", &["rev-parse", "--short", "HEAD"]),
+            "when": said("date", &["-u", "+%Y-%m-%d"]), "machine": {"cpu": cpu(), "cores": cores, "gpu": null},
+            "tokens": bench.whole(&messages).len(), "workers": WORKERS,
             "rounds": ROUNDS, "rows": rows, "holds": total <= allowed,
         });
         std::fs::write(file, format!("{report:#}\n")).expect("the report is written");
@@ -72,6 +75,20 @@ fn main() -> ExitCode {
     let (verdict, code) = if total <= allowed { ("pass", 0) } else { ("FAIL", 1) };
     println!("{verdict}: {} of {} (120 us + 1.15 x the tokenizer alone)", micros(total), micros(allowed));
     ExitCode::from(code)
+}
+
+/// What a program prints, or that it is not known.
+fn said(program: &str, args: &[&str]) -> String {
+    let done = Command::new(program).args(args).output().ok().filter(|done| done.status.success());
+    done.map_or_else(|| "unknown".to_owned(), |done| String::from_utf8_lossy(&done.stdout).trim().to_owned())
+}
+
+/// As the demo's report names it.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name =
+        info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':').map(|found| found.1.trim()));
+    name.unwrap_or(std::env::consts::ARCH).to_owned()
 }
 
 struct Bench {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::stream::{SelectAll, Stream, StreamExt};
 
 use crate::error::Error;
+use crate::eta::Eta;
 use crate::generation::{End, Generation, Piece};
 
 type Pieces = Pin<Box<dyn Stream<Item = Result<Piece, Error>> + Send>>;
@@ -24,6 +25,7 @@ pub struct Several {
     left: usize,
     /// Summed up over those that have ended.
     end: End,
+    etas: Vec<Option<Eta>>,
 }
 
 impl Batch {
@@ -34,7 +36,7 @@ impl Batch {
         }
         let left = generations.len();
         let pieces = (0..).zip(generations).map(|(prompt, generation)| pieces(generation, prompt * n)).collect();
-        Self::Several(Several { pieces, left, end: End::default() })
+        Self::Several(Several { pieces, left, end: End::default(), etas: Vec::new() })
     }
 
     /// The next piece; after one with an end, or an error, there is no other.
@@ -49,6 +51,14 @@ impl Batch {
     pub fn worker(&self) -> Option<&Arc<str>> {
         match self {
             Self::One(generation) => generation.worker(),
+            Self::Several(_) => None,
+        }
+    }
+
+    /// What was foreseen of it before its first token; of several it is known at the end.
+    pub fn eta(&self) -> Option<Eta> {
+        match self {
+            Self::One(generation) => generation.eta(),
             Self::Several(_) => None,
         }
     }
@@ -80,7 +90,11 @@ impl Several {
             sum.cached_tokens += end.cached_tokens;
             sum.slices = sum.slices.max(end.slices);
             sum.ttft = sum.ttft.into_iter().chain(end.ttft).min();
-            piece.end = (self.left == 0).then(|| sum.clone());
+            self.etas.push(end.eta);
+            if self.left == 0 {
+                sum.eta = Eta::all(self.etas.drain(..));
+                piece.end = Some(sum.clone());
+            }
         }
         Ok(piece)
     }

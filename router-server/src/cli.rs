@@ -8,9 +8,10 @@ use std::time::Duration;
 use axum::http::Uri;
 use clap::builder::BoolishValueParser;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
-use router_core::{Config, Mode, PolicyName};
+use router_core::{Config, Mode, PolicyName, Pooled};
 use tracing_subscriber::EnvFilter;
 
+use crate::config::Setting;
 use crate::mock::MockArgs;
 use crate::pool::PoolConfig;
 
@@ -49,6 +50,9 @@ pub enum Command {
         #[command(flatten)]
         serve: ServeArgs,
     },
+    /// Measure what iterations cost on this machine, for `up --cost-model`.
+    #[command(args_override_self = true)]
+    Calibrate(CalibrateArgs),
     /// Be a worker without a model, for tests.
     #[command(args_override_self = true)]
     MockWorker {
@@ -94,7 +98,7 @@ pub enum ConfigCommand {
 /// Where a configuration file is.
 #[derive(Debug, Args)]
 pub struct FileArgs {
-    /// Configuration file, .toml or .yaml: keys are the long flags, like `slice_len` or `slice-len`.
+    /// Configuration file, .toml or .yaml: keys are the long flags, like `log_json` or `log-json`.
     #[arg(long, env = "SCLS_ROUTER_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -148,6 +152,10 @@ pub struct UpArgs {
     /// The Python that has `scls_worker`; if not given, the one that runs this program, else `python3`.
     #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_PYTHON")]
     pub python: Option<PathBuf>,
+    /// What iterations cost on this machine, as `calibrate` wrote it; if not given, each worker takes a short look at its
+    /// start.
+    #[arg(long, help_heading = "Workers", env = "SCLS_ROUTER_COST_MODEL", value_name = "FILE")]
+    pub cost_model: Option<PathBuf>,
     /// More arguments for the workers, separated by spaces.
     #[arg(
         long,
@@ -156,6 +164,26 @@ pub struct UpArgs {
         default_value = "",
         allow_hyphen_values = true
     )]
+    pub worker_args: String,
+}
+
+/// Flags of `calibrate`.
+#[derive(Debug, Args)]
+pub struct CalibrateArgs {
+    /// Directory of the model.
+    #[arg(long, alias = "model-path", env = "SCLS_ROUTER_MODEL")]
+    pub model: PathBuf,
+    /// Where the figures go.
+    #[arg(long, default_value = "cost-model.json", value_name = "FILE")]
+    pub out: PathBuf,
+    /// auto, cpu or cuda; the worker's own default if not given.
+    #[arg(long)]
+    pub device: Option<String>,
+    /// The Python that has `scls_worker`; if not given, the one that runs this program, else `python3`.
+    #[arg(long, env = "SCLS_ROUTER_PYTHON")]
+    pub python: Option<PathBuf>,
+    /// More arguments for the worker, separated by spaces: those that `up` is to give it too.
+    #[arg(long, env = "SCLS_ROUTER_WORKER_ARGS", default_value = "", allow_hyphen_values = true)]
     pub worker_args: String,
 }
 
@@ -177,9 +205,12 @@ pub struct ServeArgs {
     /// How a worker is chosen.
     #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_POLICY", value_enum, default_value_t = Policy::Product)]
     policy: Policy,
-    /// S: most iterations of a slice.
-    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SLICE_LEN", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
-    slice_len: u32,
+    /// How rows become batches.
+    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SCHEDULER", value_enum, default_value_t = Scheduler::Slice)]
+    scheduler: Scheduler,
+    /// S: most iterations of a slice, with `--scheduler scls` alone; without it the paper's. All else is measured.
+    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SLICE_LEN", value_parser = clap::value_parser!(u32).range(1..))]
+    slice_len: Option<u32>,
     /// Seed of the `random` policy.
     #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SEED", default_value_t = 0)]
     seed: u64,
@@ -232,6 +263,29 @@ impl Policy {
             Self::RoundRobin => (PolicyName::RoundRobin, "round_robin"),
             Self::Random => (PolicyName::Random, "random"),
             Self::LeastRequests => (PolicyName::LeastRequests, "least_requests"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Scheduler {
+    /// By slices: rows stay where their KV is, a slice is cut where joining it is worth it.
+    Slice,
+    /// The paper's (arXiv 2406.13511): a pool, batches by length, KV dropped after each slice.
+    Scls,
+    /// By sequences: a batch runs until its last row ends.
+    Sls,
+    /// By iterations: a plan for each.
+    Ils,
+}
+
+impl Scheduler {
+    fn core(self) -> Mode {
+        match self {
+            Self::Slice => Mode::Slice,
+            Self::Scls => Mode::Pooled(Pooled::scls()),
+            Self::Sls => Mode::Pooled(Pooled::sls()),
+            Self::Ils => Mode::Ils,
         }
     }
 }
@@ -321,14 +375,21 @@ fn log_filter(text: &str) -> Result<String, String> {
 }
 
 impl ServeArgs {
-    /// What no single value shows: an error names the settings that do not go together.
-    pub fn check(&self) -> Result<(), String> {
-        match self.http.port {
-            1.. if self.http.port == self.grpc_port => {
-                Err(format!("port and grpc_port are the same: {}", self.grpc_port))
-            }
-            _ => Ok(()),
+    /// What no single value shows: an error names the settings that do not go together, and who set them.
+    pub fn check(&self, settings: &[Setting]) -> Result<(), String> {
+        if self.http.port > 0 && self.http.port == self.grpc_port {
+            return Err(format!("port and grpc_port are the same: {}", self.grpc_port));
         }
+        let mode = self.scheduler.core();
+        if self.slice_len.is_some() && self.scheduler != Scheduler::Scls {
+            let by = |key: &str| settings.iter().find(|setting| setting.key == key).map(|setting| &setting.origin);
+            let by = |key| by(key).map_or_else(String::new, |origin| format!(" ({origin})"));
+            let (ours, theirs) = (by("slice_len"), by("scheduler"));
+            return Err(format!(
+                "slice_len{ours} does not go with scheduler {mode}{theirs}\nscheduler scls alone has a slice length that can be set"
+            ));
+        }
+        Ok(())
     }
 
     /// The values that all pools are made with.
@@ -337,8 +398,8 @@ impl ServeArgs {
         PoolConfig {
             scheduler: Config {
                 policy,
-                mode: Mode::Slice,
-                slice_len: Some(self.slice_len),
+                mode: self.scheduler.core(),
+                slice_len: self.slice_len,
                 seed: self.seed,
                 max_rows: self.max_concurrent_requests,
             },

@@ -20,6 +20,7 @@ use crate::answer::{Answer, Kind};
 use crate::batch::Batch;
 use crate::body::read;
 use crate::error::Error;
+use crate::eta::Eta;
 use crate::generation::{Finish, Job, Piece, traceparent};
 use crate::http::App;
 use crate::meter::Meter;
@@ -31,6 +32,7 @@ use crate::random::{random, random_id};
 use crate::request::{Chat, Completion, Params};
 
 const WORKER: HeaderName = HeaderName::from_static("x-scls-worker");
+const ETA: HeaderName = HeaderName::from_static("x-scls-eta-ms");
 const CACHED_TOKENS: HeaderName = HeaderName::from_static("x-scls-cached-tokens");
 /// Default limit of `/v1/completions`, as at OpenAI.
 const COMPLETION_TOKENS: u32 = 16;
@@ -97,6 +99,7 @@ fn job(model: String, prompt: Vec<u32>, params: &Params, most: u32) -> Job {
         },
         stop: params.stop.clone(),
         turn: None,
+        urgent: params.urgent,
         traceparent: String::new(),
     }
 }
@@ -186,14 +189,18 @@ async fn whole(answer: Answer, mut batch: Batch) -> Result<Response, Error> {
         }
     };
     let mut response = Json(answer.whole(&choices, &end)).into_response();
-    name_worker(&mut response, end.worker.as_deref());
+    describe(&mut response, end.worker.as_deref(), end.eta);
     response.headers_mut().insert(CACHED_TOKENS, end.cached_tokens.into());
     Ok(response)
 }
 
-fn name_worker(response: &mut Response, worker: Option<&str>) {
-    if let Some(worker) = worker.and_then(|worker| HeaderValue::from_str(worker).ok()) {
-        response.headers_mut().insert(WORKER, worker);
+/// Says who serves, and what was foreseen.
+fn describe(response: &mut Response, worker: Option<&str>, eta: Option<Eta>) {
+    let eta = eta.map(|eta| eta.to_string());
+    for (name, text) in [(WORKER, worker), (ETA, eta.as_deref())] {
+        if let Some(value) = text.and_then(|text| HeaderValue::from_str(text).ok()) {
+            response.headers_mut().insert(name, value);
+        }
     }
 }
 
@@ -206,7 +213,7 @@ async fn stream(answer: Answer, mut batch: Batch, mut meter: Meter) -> Response 
             return error.into_response();
         }
     };
-    let worker = batch.worker().cloned();
+    let (worker, eta) = (batch.worker().cloned(), batch.eta());
     let events = async_stream::stream! {
         for opening in answer.openings() {
             yield event(&opening);
@@ -240,7 +247,7 @@ async fn stream(answer: Answer, mut batch: Batch, mut meter: Meter) -> Response 
         (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
     ];
     let mut response = (headers, Body::from_stream(events.map(Ok::<_, Infallible>))).into_response();
-    name_worker(&mut response, worker.as_deref());
+    describe(&mut response, worker.as_deref(), eta);
     response
 }
 
@@ -259,4 +266,18 @@ fn parts(answer: &Answer, piece: &Piece) -> Vec<Value> {
 
 fn event(value: &Value) -> Bytes {
     format!("data: {value}\n\n").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_priority_tier_makes_an_urgent_job() {
+        for (tier, urgent) in [("default", false), ("priority", true)] {
+            let body = format!(r#"{{"model": "m", "prompt": [5], "service_tier": "{tier}"}}"#);
+            let params = Completion::parse(body.as_bytes()).expect("valid").params;
+            assert_eq!(job("m".into(), vec![5], &params, 1).urgent, urgent);
+        }
+    }
 }

@@ -5,9 +5,9 @@
 
 use bytes::Bytes;
 use router_core::{
-    BatchEnd, BlockHash, BlockSize, Blocks, CostModel, Decision, Epoch, FinishReason, Keep, Layout, Micros, ModelSpec,
-    PaddedCost, PagedPrefill, PagedStep, Plan, PlanNo, Refusal, RequestId, RowId, RowKey, RowReport, RowStart,
-    RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    BatchEnd, BlockHash, BlockSize, Blocks, CostModel, Decision, Epoch, FinishReason, Iteration, Keep, Layout, Micros,
+    ModelSpec, PaddedCost, PagedPrefill, PagedStep, Plan, PlanNo, Refusal, RequestId, RowId, RowKey, RowReport,
+    RowStart, RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 use crate::proto;
@@ -82,6 +82,11 @@ pub fn worker_spec(info: &proto::WorkerInfo) -> Result<WorkerSpec, Hostile> {
     let Some(block_size) = BlockSize::new(info.block_size) else {
         return hostile("block_size is 0");
     };
+    let layout = layout(info.cost_shape);
+    let cost = info.cost_model.as_ref().map(cost_model).transpose()?.flatten();
+    if let Some(cost) = cost.filter(|cost| cost.layout() != layout) {
+        return hostile(format!("cost_model is {:?} and cost_shape is {layout:?}", cost.layout()));
+    }
     Ok(WorkerSpec {
         name: info.worker_id.clone(),
         epoch: Epoch(info.worker_epoch),
@@ -95,8 +100,8 @@ pub fn worker_spec(info: &proto::WorkerInfo) -> Result<WorkerSpec, Hostile> {
         max_rows: info.max_rows,
         max_context: Tokens(info.max_context.into()),
         chunk: Tokens(info.chunk_tokens.into()),
-        layout: layout(info.cost_shape),
-        cost: info.cost_model.as_ref().and_then(cost_model).transpose()?,
+        layout,
+        cost,
     })
 }
 
@@ -108,20 +113,23 @@ fn layout(shape: i32) -> Layout {
     }
 }
 
-/// `None` where the message holds no model.
-fn cost_model(model: &proto::CostModel) -> Option<Result<CostModel, Hostile>> {
+/// `None` where the message holds no model, or one in which nothing takes time: that says nothing either.
+fn cost_model(model: &proto::CostModel) -> Result<Option<CostModel>, Hostile> {
     use proto::cost_model::Form;
-    let padded = |cost: Option<proto::PaddedCost>| {
-        let cost = cost.unwrap_or_default();
-        PaddedCost {
+    let padded = |cost: Option<proto::PaddedCost>, what: &str| {
+        let Some(cost) = cost else { return hostile(format!("cost_model.padded.{what} is missing")) };
+        Ok(PaddedCost {
             constant: cost.constant_s,
             per_row: cost.per_row_s,
             per_position: cost.per_position_s,
             per_cell: cost.per_cell_s,
-        }
+        })
     };
-    let model = match model.form.as_ref()? {
-        Form::Padded(form) => CostModel::Padded { prefill: padded(form.prefill), step: padded(form.step) },
+    let Some(form) = &model.form else { return Ok(None) };
+    let model = match form {
+        Form::Padded(form) => {
+            CostModel::Padded { prefill: padded(form.prefill, "prefill")?, step: padded(form.step, "step")? }
+        }
         Form::Paged(form) => CostModel::Paged {
             prefill: PagedPrefill {
                 constant: form.prefill_constant_s,
@@ -135,7 +143,11 @@ fn cost_model(model: &proto::CostModel) -> Option<Result<CostModel, Hostile>> {
             },
         },
     };
-    Some(model.check().map(|()| model).map_err(|error| Hostile(error.to_string())))
+    model.check().map_err(|error| Hostile(format!("cost_model: {error}")))?;
+    // All are finite and not negative: an iteration of everything is at least as long as any.
+    let everything = Iteration { rows: 1, context: 1, longest: 1, prefill: 1, pairs: 1 };
+    let decode = Iteration { prefill: 0, ..everything };
+    Ok(Some(model).filter(|model| model.iteration(&everything) + model.iteration(&decode) > 0.0))
 }
 
 /// Checks and converts one message of a session; ids must be below `vocab`.
@@ -471,6 +483,57 @@ mod tests {
             breaks(&mut info);
             let error = worker_spec(&info).expect_err(what);
             assert!(error.to_string().contains(what), "{error}");
+        }
+    }
+
+    fn paged(step: f64, token: f64) -> proto::CostModel {
+        let form = proto::PagedCostModel {
+            step_constant_s: step,
+            prefill_per_token_s: token,
+            ..proto::PagedCostModel::default()
+        };
+        proto::CostModel { form: Some(proto::cost_model::Form::Paged(form)), ..proto::CostModel::default() }
+    }
+
+    fn padded(prefill: Option<f64>, step: Option<f64>) -> proto::CostModel {
+        let cost = |constant_s| proto::PaddedCost { constant_s, ..proto::PaddedCost::default() };
+        let form = proto::PaddedCostModel { prefill: prefill.map(cost), step: step.map(cost) };
+        proto::CostModel { form: Some(proto::cost_model::Form::Padded(form)), ..proto::CostModel::default() }
+    }
+
+    #[test]
+    fn a_cost_model_is_checked() {
+        use proto::CostShape::{Padded, Paged, Unspecified};
+        let spec = |model: proto::CostModel, shape: proto::CostShape| {
+            worker_spec(&proto::WorkerInfo { cost_model: Some(model), cost_shape: shape.into(), ..info() })
+        };
+        assert_eq!(worker_spec(&info()).expect("valid").cost, None);
+        assert_eq!(spec(proto::CostModel::default(), Paged).expect("no form").cost, None);
+        assert_eq!(spec(paged(0.0, 0.0), Paged).expect("nothing takes time").cost, None);
+        assert_eq!(spec(padded(Some(0.0), Some(0.0)), Padded).expect("nothing takes time").cost, None);
+        for (model, shape) in [(paged(1e-3, 0.0), Paged), (paged(0.0, 1e-5), Unspecified), (paged(8e4, 1e-300), Paged)]
+        {
+            let spec = spec(model, shape).expect("valid");
+            assert_eq!((spec.layout, spec.cost.map(|cost| cost.layout())), (Layout::Paged, Some(Layout::Paged)));
+        }
+        let both = spec(padded(Some(2.0), Some(1.0)), Padded).expect("valid");
+        let Some(CostModel::Padded { prefill, step }) = both.cost else { panic!("{both:?}") };
+        assert_eq!((both.layout, prefill.constant, step.constant), (Layout::Padded, 2.0, 1.0));
+        for (model, shape, field) in [
+            (paged(-1e-9, 0.0), Paged, "step.constant"),
+            (paged(f64::NAN, 0.0), Paged, "step.constant"),
+            (paged(1e300, 0.0), Paged, "step.constant"),
+            (paged(1e-3, f64::INFINITY), Paged, "prefill.per_token"),
+            (padded(Some(f64::NEG_INFINITY), Some(1.0)), Padded, "prefill.constant"),
+            (padded(Some(1.0), Some(f64::NAN)), Padded, "step.constant"),
+            (padded(None, Some(1.0)), Padded, "prefill is missing"),
+            (padded(Some(1.0), None), Padded, "step is missing"),
+            (paged(1e-3, 0.0), Padded, "cost_shape"),
+            (padded(Some(1.0), Some(1.0)), Paged, "cost_shape"),
+            (padded(Some(1.0), Some(1.0)), Unspecified, "cost_shape"),
+        ] {
+            let error = spec(model, shape).expect_err(field).to_string();
+            assert!(error.starts_with("cost_model") && error.contains(field), "{error}");
         }
     }
 

@@ -4,13 +4,13 @@
 //! core's. It never waits for a client or a worker: a full channel costs the one at its other end.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use router_core::{
-    Action, BlockHash, Decision, DecisionId, Epoch, Event, Micros, NewRequest, RequestId, RowEnd, RowId, RowKey,
-    Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BatchRecord, BlockHash, Decision, DecisionId, Epoch, Event, Micros, Moves, NewRequest, PlanNo, RequestId,
+    RowEnd, RowId, RowKey, Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -18,7 +18,8 @@ use tracing::{debug, error, warn};
 
 use crate::convert::{self, RowExtras};
 use crate::error::Error;
-use crate::metrics::Metrics;
+use crate::eta::Eta;
+use crate::metrics::{Calibration, Metrics};
 use crate::proto::router_message::Body as ToWorker;
 use crate::proto::{self, Resync};
 
@@ -76,6 +77,8 @@ pub enum Command {
     },
     /// The latest decisions, oldest first: all of them, or the one of this number.
     Decisions(Option<DecisionId>, oneshot::Sender<Vec<Decided>>),
+    /// The latest batches, oldest first.
+    Batches(oneshot::Sender<Vec<Batch>>),
     /// The pool is replaced: all ends.
     Close,
 }
@@ -95,7 +98,14 @@ pub struct Arrival {
 #[derive(Clone, Debug)]
 pub enum Update {
     /// A row was given to a worker.
-    Placed(Arc<str>),
+    Placed {
+        /// The row.
+        row: RowId,
+        /// The worker's name.
+        worker: Arc<str>,
+        /// When the row will have ended, where that is foreseen.
+        eta: Option<Eta>,
+    },
     /// Tokens of a row.
     Tokens {
         /// The row.
@@ -133,6 +143,15 @@ pub struct Decided {
     pub recomputed: Option<String>,
 }
 
+/// A batch, and what was known of it before it ran.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// The worker's name.
+    pub worker: String,
+    /// The record.
+    pub record: BatchRecord,
+}
+
 /// A worker's place in the pool for one session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seat {
@@ -147,6 +166,18 @@ pub struct PoolState {
     ready: AtomicUsize,
     members: AtomicUsize,
     most_tokens: AtomicU64,
+    figures: Mutex<Figures>,
+}
+
+/// What the core counts of a pool as a whole.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Figures {
+    /// S: most iterations of the next slice.
+    pub slice_len: u32,
+    /// Rows that moved for another reason than a lost worker.
+    pub moves: Moves,
+    /// Events that came with a time before that of the one before them.
+    pub clock_jumps: u64,
 }
 
 impl PoolState {
@@ -158,6 +189,11 @@ impl PoolState {
     /// Workers with an open session.
     pub fn members(&self) -> usize {
         self.members.load(Ordering::Relaxed)
+    }
+
+    /// As they were when the loads were asked for last.
+    pub fn figures(&self) -> Figures {
+        *self.figures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Most tokens of prompt and output that some worker takes.
@@ -172,6 +208,9 @@ struct Session {
     name: Arc<str>,
     link: mpsc::Sender<ToWorker>,
     fate: oneshot::Sender<String>,
+    /// The batch that it was told to end, and when.
+    cut: Option<(PlanNo, Instant)>,
+    calibration: Calibration,
 }
 
 /// Kept until its last row ended, client or not: a plan may still name it.
@@ -195,6 +234,8 @@ struct Dispatcher {
     queue_timeout: Option<Duration>,
     begin_by: VecDeque<(Instant, RequestId)>,
     events: Vec<Event>,
+    /// Batches whose report is among the events.
+    ended: Vec<(WorkerId, PlanNo)>,
     /// Rows to drop, by worker: of one flush they go in one message, so that many clients that leave at once do not fill
     /// a link.
     drops: Vec<(WorkerId, Vec<RowKey>)>,
@@ -224,6 +265,7 @@ pub async fn run(
         queue_timeout,
         begin_by: VecDeque::new(),
         events: Vec::new(),
+        ended: Vec::new(),
         drops: Vec::new(),
         stale: false,
         state,
@@ -272,7 +314,9 @@ impl Dispatcher {
             }
             Command::Cancel(request, choice) => self.cancel(request, choice),
             Command::Join { spec, link, fate, seat } => {
-                let session = Session { number: 0, epoch: spec.epoch, name: spec.name.as_str().into(), link, fate };
+                let (epoch, name) = (spec.epoch, spec.name.as_str().into());
+                let calibration = Calibration::default();
+                let session = Session { number: 0, epoch, name, link, fate, cut: None, calibration };
                 self.join(spec, session, seat);
             }
             Command::Message { seat, seq, message } => self.message(seat, seq, message),
@@ -284,6 +328,11 @@ impl Dispatcher {
             Command::Loads(answer) => {
                 // The answer holds what was sent before the question.
                 self.flush();
+                *self.state.figures.lock().unwrap_or_else(PoisonError::into_inner) = Figures {
+                    slice_len: self.scheduler.slice_len(),
+                    moves: self.scheduler.moves(),
+                    clock_jumps: self.scheduler.clock_jumps(),
+                };
                 let _ = answer.send(self.scheduler.loads());
             }
             Command::Route { prompt, root, answer } => {
@@ -300,6 +349,10 @@ impl Dispatcher {
                 let decisions = self.scheduler.decisions();
                 let decisions = decisions.filter(|decision| wanted.is_none_or(|id| decision.id == id));
                 let _ = answer.send(decisions.map(decided).collect());
+            }
+            Command::Batches(answer) => {
+                let batch = |record: &BatchRecord| Batch { worker: self.name(record.worker), record: *record };
+                let _ = answer.send(self.scheduler.batches().map(batch).collect());
             }
             Command::Close => {}
         }
@@ -348,14 +401,23 @@ impl Dispatcher {
     }
 
     fn message(&mut self, seat: Seat, seq: u64, message: WorkerMessage) {
-        let Some(session) = self.session(seat) else { return };
+        let Some(session) = self.session_mut(seat) else { return };
         let epoch = session.epoch;
         let last = matches!(message, WorkerMessage::Snapshot { last: true, .. });
         match &message {
-            WorkerMessage::SliceReported(report) => self.metrics.slice(&session.name, report),
+            WorkerMessage::SliceReported(report) => {
+                let cut = session.cut.take_if(|(batch, _)| *batch == report.batch);
+                let name = Arc::clone(&session.name);
+                self.metrics.slice(&name, report);
+                if let Some((_, at)) = cut {
+                    self.metrics.cut_done(at.elapsed());
+                }
+                self.ended.push((seat.worker, report.batch));
+            }
             WorkerMessage::Refused { plan, reason, detail, .. } => {
-                debug!(worker = %session.name, %plan, ?reason, detail, "plan refused");
-                self.metrics.refused(&session.name, *reason);
+                let name = Arc::clone(&session.name);
+                debug!(worker = %name, %plan, ?reason, detail, "plan refused");
+                self.metrics.refused(&name, *reason);
             }
             _ => {}
         }
@@ -366,6 +428,11 @@ impl Dispatcher {
     /// The session of a seat, if it is still that session.
     fn session(&self, seat: Seat) -> Option<&Session> {
         let session = self.seats.get(seat.worker.0 as usize)?.as_ref()?;
+        (session.number == seat.session).then_some(session)
+    }
+
+    fn session_mut(&mut self, seat: Seat) -> Option<&mut Session> {
+        let session = self.seats.get_mut(seat.worker.0 as usize)?.as_mut()?;
         (session.number == seat.session).then_some(session)
     }
 
@@ -382,6 +449,7 @@ impl Dispatcher {
     fn lose(&mut self, worker: WorkerId) -> Option<Session> {
         let session = self.seats.get_mut(worker.0 as usize).and_then(Option::take)?;
         self.drops.retain(|(of, _)| *of != worker);
+        self.metrics.left(&session.name);
         self.state.members.fetch_sub(1, Ordering::Relaxed);
         self.stale = true;
         self.events.push(Event::WorkerLost { worker, epoch: session.epoch });
@@ -408,12 +476,26 @@ impl Dispatcher {
                 }
             }
             self.scheduler.handle_many(now, self.events.drain(..), &mut actions);
+            self.score();
             for action in actions.drain(..) {
                 self.perform(action);
             }
         }
         if std::mem::take(&mut self.stale) {
             self.publish();
+        }
+    }
+
+    /// Compares the batches that ended with what was known of them.
+    fn score(&mut self) {
+        for (worker, batch) in self.ended.drain(..) {
+            // From the newest on: those that just ran are near the end, and a slot's last holder counted its plans too.
+            let mut records = self.scheduler.batches().rev();
+            let record = records.find(|record| record.worker == worker && record.batch == batch);
+            let session = self.seats.get_mut(worker.0 as usize).and_then(Option::as_mut);
+            if let (Some(record), Some(session)) = (record, session) {
+                self.metrics.scored(&session.name, record, &mut session.calibration);
+            }
         }
     }
 
@@ -441,7 +523,13 @@ impl Dispatcher {
                 Some((_, pending)) => pending.extend(rows),
                 None => self.drops.push((worker, rows)),
             },
-            Action::Cut(worker, batch) => self.send(worker, convert::cut(batch)),
+            Action::Cut(worker, batch) => {
+                if let Some(session) = self.seats.get_mut(worker.0 as usize).and_then(Option::as_mut) {
+                    self.metrics.cut(&session.name);
+                    session.cut = Some((batch, Instant::now()));
+                }
+                self.send(worker, convert::cut(batch));
+            }
             Action::ReleaseKv(worker, rows) => self.send(worker, convert::release_kv(&rows)),
             Action::Resync(worker) => {
                 self.send_drops(worker);
@@ -454,10 +542,11 @@ impl Dispatcher {
                     let _ = session.fate.send(why);
                 }
             }
-            Action::Placed(row, worker, _) => {
+            Action::Placed(row, worker, band) => {
                 self.metrics.decision(self.policy);
-                if let Some(name) = self.at(worker).map(|session| Arc::clone(&session.name)) {
-                    self.update(row.request, Update::Placed(name));
+                if let Some(worker) = self.at(worker).map(|session| Arc::clone(&session.name)) {
+                    let eta = Eta::of_row(Instant::now(), band);
+                    self.update(row.request, Update::Placed { row, worker, eta });
                 }
             }
             Action::Tokens { row, first_index, ids, logprobs } => {

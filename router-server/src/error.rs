@@ -5,12 +5,20 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use router_core::Rejection;
 use serde_json::{Value, json};
 
 use crate::convert::clipped;
+
+/// The openai clients' word on whether to try again; it wins over the status.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+/// Who comes back sooner than in a few steps of a worker finds what was there.
+const SOONEST: Duration = Duration::from_millis(100);
+/// The openai clients heed a `Retry-After` of up to a minute and back off on their own past that; what is known of slices
+/// says nothing of a later time anyway, by when others have come and gone.
+const LATEST: Duration = Duration::from_secs(60);
 
 /// A failure that a client sees.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -192,11 +200,11 @@ impl Error {
         }
     }
 
-    /// Seconds after which trying again makes sense, for errors that pass by themselves.
-    pub fn retry_after(&self) -> Option<u64> {
+    /// After which time trying again makes sense, for errors that pass by themselves.
+    pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::NoWorker | Self::Draining => Some(1),
-            Self::Overloaded { retry_after } => Some(retry_after.as_secs_f64().ceil().clamp(1.0, 3600.0) as u64),
+            Self::NoWorker | Self::Draining => Some(Duration::from_secs(1)),
+            Self::Overloaded { retry_after } => Some((*retry_after).clamp(SOONEST, LATEST)),
             _ => None,
         }
     }
@@ -219,8 +227,14 @@ impl Error {
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(self.body())).into_response();
-        if let Some(seconds) = self.retry_after() {
+        if let Some(time) = self.retry_after() {
+            // HTTP knows whole seconds.
+            let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self, Self::NotOffered(_)) {
+            // It will not be here the next time either, but clients take a status of 500 and above for a passing fault.
+            response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         if matches!(self, Self::Unauthorized(_)) {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -243,9 +257,10 @@ impl From<Error> for tonic::Status {
                 status.metadata_mut().insert(key, value);
             }
         }
-        if let Some(seconds) = error.retry_after() {
+        if let Some(time) = error.retry_after() {
             // gRPC clients read this as "not before": the server's push-back.
-            status.metadata_mut().insert("grpc-retry-pushback-ms", (seconds * 1000).into());
+            let millis = u64::try_from(time.as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
+            status.metadata_mut().insert("grpc-retry-pushback-ms", millis.into());
         }
         status
     }
@@ -279,12 +294,36 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_at_least_a_second() {
-        for micros in [0, 1, 999_999, 1_000_001, u64::MAX] {
-            let error = Error::Overloaded { retry_after: Duration::from_micros(micros) };
-            let seconds = error.retry_after().expect("comes with a time");
-            assert!((1..=3600).contains(&seconds), "{micros} us: {seconds}");
-            assert!(error.into_response().headers().contains_key(header::RETRY_AFTER));
+    fn an_overload_says_when_the_first_worker_is_free() {
+        for (micros, seconds, millis) in [
+            (0, "1", "100"),
+            (1, "1", "100"),
+            (250_001, "1", "251"),
+            (1_000_000, "1", "1000"),
+            (1_000_001, "2", "1001"),
+            (59_999_999, "60", "60000"),
+            (3_600_000_000, "60", "60000"),
+            (u64::MAX, "60", "60000"),
+        ] {
+            let error = Error::from(Rejection::Overloaded { retry_after: router_core::Micros(micros) });
+            let pushback = tonic::Status::from(error.clone()).metadata().get("grpc-retry-pushback-ms").cloned();
+            assert_eq!(pushback.expect("it has one"), millis, "{micros} us");
+            let response = error.into_response();
+            assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+            assert_eq!(response.headers()[header::RETRY_AFTER], seconds, "{micros} us");
+        }
+    }
+
+    #[test]
+    fn only_what_is_not_offered_is_not_to_be_tried_again() {
+        let not_offered = Error::NotOffered("/v1/embeddings".into()).into_response();
+        assert_eq!(
+            (not_offered.status().as_u16(), &not_offered.headers()[SHOULD_RETRY]),
+            (501, &HeaderValue::from_static("false"))
+        );
+        for error in [Error::NoWorker, Error::WorkerFailed("x".into()), Error::Internal("x".into()), Error::SlowRequest]
+        {
+            assert!(!error.into_response().headers().contains_key(SHOULD_RETRY));
         }
     }
 

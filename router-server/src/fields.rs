@@ -205,7 +205,18 @@ impl Fields {
             include_usage: self.include_usage(stream)?,
             stream,
             return_token_ids: self.flag("return_token_ids")?,
+            urgent: self.priority()?,
         })
+    }
+
+    /// OpenAI's tiers: only the one that is served sooner than others is more than the default.
+    fn priority(&mut self) -> Result<bool, Error> {
+        const NAME: &str = "service_tier";
+        match self.string(NAME)?.as_deref() {
+            None | Some("auto" | "default" | "flex") => Ok(false),
+            Some("priority") => Ok(true),
+            Some(_) => Err(Error::unsupported(NAME)),
+        }
     }
 
     pub(crate) fn model(&mut self) -> Result<String, Error> {
@@ -225,7 +236,7 @@ impl Fields {
 }
 
 /// Fields that are read.
-const SERVED: [&str; 25] = [
+const SERVED: [&str; 26] = [
     "model",
     "messages",
     "tools",
@@ -251,9 +262,10 @@ const SERVED: [&str; 25] = [
     "return_token_ids",
     "add_special_tokens",
     "tool_choice",
+    "service_tier",
 ];
 /// Fields that are not served, but have a value that asks for nothing; see [`is_neutral`].
-const WITH_NEUTRAL: [&str; 25] = [
+const WITH_NEUTRAL: [&str; 24] = [
     "user",
     "safety_identifier",
     "prompt_cache_key",
@@ -278,7 +290,6 @@ const WITH_NEUTRAL: [&str; 25] = [
     "suffix",
     "response_format",
     "modalities",
-    "service_tier",
 ];
 
 /// All fields that are read or have a value that asks for nothing.
@@ -318,7 +329,6 @@ fn is_neutral(name: &str, value: &Value, n: u32) -> bool {
         "suffix" => value == &json!(""),
         "response_format" => value == &json!({"type": "text"}),
         "modalities" => value == &json!(["text"]),
-        "service_tier" => value == &json!("auto") || value == &json!("default"),
         // Tool calls are the model's text, not parsed: with tools the model decides. "none" was taken before.
         "tool_choice" => value == &json!("auto"),
         _ => false,

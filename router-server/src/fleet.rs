@@ -10,7 +10,7 @@ use router_core::{DecisionId, WorkerLoad};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::dispatch::{Command, Decided, Seat};
+use crate::dispatch::{Batch, Command, Decided, Figures, Seat};
 use crate::error::Error;
 use crate::link;
 use crate::metrics::Metrics;
@@ -258,6 +258,21 @@ impl Fleet {
             all.extend(pool.decisions(wanted).await);
         }
         all
+    }
+
+    /// The latest batches of all pools.
+    pub async fn batches(&self) -> Vec<Batch> {
+        let mut all = Vec::new();
+        for pool in self.each_pool() {
+            all.extend(pool.batches().await);
+        }
+        all
+    }
+
+    /// One name of each pool and its figures, as they were when the loads were asked for last.
+    pub fn figures(&self) -> Vec<(String, Figures)> {
+        let pools = self.each_pool().into_iter();
+        pools.map(|pool| (pool.names.first().cloned().unwrap_or_default(), pool.state.figures())).collect()
     }
 
     /// All links with what is known of their workers.

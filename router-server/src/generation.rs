@@ -14,6 +14,7 @@ use crate::conversation::Turn;
 use crate::convert::clipped;
 use crate::dispatch::{Command, Update};
 use crate::error::Error;
+use crate::eta::Eta;
 use crate::metrics::Metrics;
 use crate::output::{Given, Output, Token};
 use crate::proto;
@@ -37,6 +38,8 @@ pub struct Job {
     pub stop: Vec<String>,
     /// The conversation that is to know the ids of the answers.
     pub turn: Option<Turn>,
+    /// A short time to the first token is promised, at the price of a slice start of those that run.
+    pub urgent: bool,
     /// The client's trace, see [`traceparent`]; empty without one.
     pub traceparent: String,
 }
@@ -103,6 +106,8 @@ pub struct End {
     pub worker: Option<Arc<str>>,
     /// Arrival to first token.
     pub ttft: Option<Duration>,
+    /// What was foreseen of the whole request before its first token.
+    pub eta: Option<Eta>,
 }
 
 /// Cancels a request when dropped, unless it ended.
@@ -134,6 +139,8 @@ struct Choice {
     /// Tokens given out.
     given: u32,
     last_token: Option<Instant>,
+    /// As it was when the request's first token came.
+    eta: Option<Eta>,
     ended: bool,
     /// The conversation that is to know its ids.
     turn: Option<Turn>,
@@ -184,6 +191,7 @@ impl Generation {
             output: Output::new(detokenizer(), stops.clone(), job.limits.min_tokens),
             given: 0,
             last_token: None,
+            eta: None,
             ended: false,
             turn: job.turn.clone(),
         };
@@ -208,6 +216,11 @@ impl Generation {
         self.worker.as_ref()
     }
 
+    /// What was foreseen before the first token; `None` where a row was not yet placed then.
+    pub fn eta(&self) -> Option<Eta> {
+        Eta::all(self.choices.iter().map(|choice| choice.eta))
+    }
+
     /// The next piece; after one with an end, or an error, there is no other.
     pub async fn next(&mut self) -> Result<Piece, Error> {
         loop {
@@ -217,7 +230,14 @@ impl Generation {
                 Ok(Some(update)) => update,
             };
             match update {
-                Update::Placed(worker) => self.worker = Some(worker),
+                Update::Placed { row, worker, eta } => {
+                    self.worker = Some(worker);
+                    // Where a row goes on after that, in a later slice or elsewhere, is no news of the whole.
+                    let choice = self.choices.get_mut(row.choice as usize);
+                    if let Some(choice) = choice.filter(|_| self.end.ttft.is_none()) {
+                        choice.eta = eta;
+                    }
+                }
                 Update::Tokens { row, ids, logprobs, .. } => {
                     let piece = self.tokens(row.choice, &ids, logprobs)?;
                     if !(piece.text.is_empty() && piece.tokens.is_empty()) {
@@ -343,7 +363,7 @@ impl Generation {
         sum.worker = worker.or_else(|| self.worker.clone());
         if self.left == 0 {
             self.guard.armed = false;
-            piece.end = Some(self.end.clone());
+            piece.end = Some(End { eta: self.eta(), ..self.end.clone() });
         }
         Ok((piece, turn))
     }

@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status};
 
 use crate::convert;
 use crate::error::Error;
+use crate::eta::Eta;
 use crate::fields::MOST_CHOICES;
 use crate::generation::{End, Finish, Generation, Job, Piece, traceparent};
 use crate::http::App;
@@ -40,7 +41,7 @@ impl Service {
 
     async fn start(
         &self,
-        request: GenerateRequest,
+        mut request: GenerateRequest,
         traceparent: String,
         meter: &mut Meter,
     ) -> Result<Generation, Error> {
@@ -54,22 +55,25 @@ impl Service {
         if request.n > MOST_CHOICES {
             return Err(Error::invalid("n", format!("n must be from 1 to {MOST_CHOICES}: {}", request.n)));
         }
-        // Absent is greedy; what is there is checked with the rest of the job.
-        let sampling = request.sampling.unwrap_or_else(|| Sampling { seed: random(), ..Sampling::default() });
         check_stops(&request.stop)?;
-        let prompt = ids_of(&pool, request.prompt).await?;
-        let job = Job {
-            model: request.model,
-            prompt: prompt.into(),
-            n: request.n.max(1),
-            sampling,
-            // Absent is the rest of the context.
-            limits: request.limits.unwrap_or_default(),
-            stop: request.stop,
-            turn: None,
-            traceparent,
-        };
-        pool.submit(job, meter.arrived)
+        let prompt = ids_of(&pool, request.prompt.take()).await?;
+        pool.submit(job(request, prompt, traceparent), meter.arrived)
+    }
+}
+
+fn job(request: GenerateRequest, prompt: Vec<u32>, traceparent: String) -> Job {
+    Job {
+        model: request.model,
+        prompt: prompt.into(),
+        n: request.n.max(1),
+        // Absent is greedy; what is there is checked with the rest of the job.
+        sampling: request.sampling.unwrap_or_else(|| Sampling { seed: random(), ..Sampling::default() }),
+        // Absent is the rest of the context.
+        limits: request.limits.unwrap_or_default(),
+        stop: request.stop,
+        turn: None,
+        urgent: request.urgent,
+        traceparent,
     }
 }
 
@@ -83,7 +87,7 @@ async fn ids_of(pool: &Pool, prompt: Option<proto::Prompt>) -> Result<Vec<u32>, 
     }
 }
 
-fn response(request_id: &str, piece: Piece) -> GenerateResponse {
+fn response(request_id: &str, piece: Piece, eta: Option<Eta>) -> GenerateResponse {
     let finish = match piece.finish {
         None => FinishReason::Unspecified,
         Some(Finish::Stop) => FinishReason::Stop,
@@ -98,7 +102,7 @@ fn response(request_id: &str, piece: Piece) -> GenerateResponse {
         finish: finish.into(),
         usage: piece.end.map(|end| usage(&end)),
         logprobs: piece.tokens.iter().filter_map(|token| token.logprobs.as_ref()).map(convert::logprobs).collect(),
-        eta: None,
+        eta: eta.map(Into::into),
     }
 }
 
@@ -136,6 +140,7 @@ impl router_server::Router for Service {
             Status::from(error)
         })?;
         let pieces = async_stream::stream! {
+            let mut is_first = true;
             loop {
                 match generation.next().await {
                     Ok(piece) => {
@@ -143,7 +148,8 @@ impl router_server::Router for Service {
                         if ended {
                             meter.ended(StatusCode::OK);
                         }
-                        yield Ok(response(&id, piece));
+                        let eta = if std::mem::take(&mut is_first) { generation.eta() } else { None };
+                        yield Ok(response(&id, piece, eta));
                         if ended {
                             break;
                         }
@@ -214,5 +220,18 @@ impl router_server::Router for Service {
         _: Request<proto::WatchDecisionsRequest>,
     ) -> Result<Response<Self::WatchDecisionsStream>, Status> {
         Err(Status::unimplemented("not served by this build: WatchDecisions\nExplain gives the latest one by one"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_absent_field_is_the_default_and_urgency_is_kept() {
+        for urgent in [false, true] {
+            let job = job(GenerateRequest { urgent, ..GenerateRequest::default() }, vec![5], String::new());
+            assert_eq!((job.urgent, job.n, job.limits.max_tokens, job.sampling.temperature), (urgent, 1, 0, 0.0));
+        }
     }
 }

@@ -12,12 +12,13 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use futures::FutureExt;
+use router_core::BatchEnd;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use crate::auth::{Keys, check_local};
 use crate::completions::{chat, completions};
-use crate::dispatch::Decided;
+use crate::dispatch::{Batch, Decided};
 use crate::error::Error;
 use crate::fleet::Fleet;
 use crate::openapi::openapi;
@@ -160,7 +161,7 @@ fn open() -> Routes {
 
 /// What the admin listener alone tells.
 fn local() -> Routes {
-    vec![("/workers", get(workers)), ("/decisions", get(decisions))]
+    vec![("/workers", get(workers)), ("/decisions", get(decisions)), ("/batches", get(batches))]
 }
 
 fn routed(routes: Routes) -> Router<Arc<App>> {
@@ -280,10 +281,32 @@ async fn decisions(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({"decisions": all}))
 }
 
+/// The latest batches of each pool: what was known before they ran, and what happened.
+async fn batches(State(app): State<Arc<App>>) -> Json<Value> {
+    let batch = |Batch { worker, record }: Batch| {
+        let outcome = record.outcome.map(|outcome| {
+            let end = match outcome.end {
+                BatchEnd::Steps => "steps",
+                BatchEnd::AllDone => "all_done",
+                BatchEnd::Cut => "cut",
+                BatchEnd::Backpressure => "backpressure",
+                BatchEnd::Error => "error",
+            };
+            json!({"end": end, "steps": outcome.steps, "time_us": outcome.time.0, "lo_us": outcome.band.lo.0,
+                   "hi_us": outcome.band.hi.0, "covered": outcome.covered(), "peak_blocks": outcome.peak.0})
+        });
+        json!({"worker": worker, "batch": record.batch.0, "at_us": record.at.0, "rows": record.rows,
+               "steps": record.steps, "lo_us": record.band.lo.0, "bound_us": record.band.hi.0,
+               "ceiling_blocks": record.ceiling.0, "outcome": outcome})
+    };
+    let all: Vec<Value> = app.fleet.batches().await.into_iter().map(batch).collect();
+    Json(json!({"batches": all}))
+}
+
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let loads = app.fleet.loads().await;
     let content = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, content)], app.fleet.metrics.scrape(&loads)).into_response()
+    ([(header::CONTENT_TYPE, content)], app.fleet.metrics.scrape(&loads, &app.fleet.figures())).into_response()
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {

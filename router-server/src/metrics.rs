@@ -4,7 +4,7 @@
 //! scrape. No label ever holds anything a client can choose freely: unknown models count as `unknown`.
 
 use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -13,9 +13,15 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-use router_core::{Refusal, RowEnd, SliceReport, WorkerLoad};
+use router_core::{BatchRecord, Micros, Moves, Refusal, RowEnd, SliceReport, WorkerLoad};
+
+use crate::dispatch::Figures;
 
 type Seconds = Counter<f64, AtomicU64>;
+type Ratio = Gauge<f64, AtomicU64>;
+
+/// Batches over which a worker's calibration error is a mean: enough to be steady, few enough to show a change.
+const CALIBRATED: u32 = 256;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct ByRequest {
@@ -39,6 +45,30 @@ struct ByRefusal {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByIterations {
+    worker: String,
+    iterations: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByModel {
+    model: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByMove {
+    model: String,
+    reason: &'static str,
+}
+
+/// How far off a worker's batches are from what was expected of them.
+#[derive(Debug, Default)]
+pub struct Calibration {
+    batches: u32,
+    error: f64,
+}
+
 /// All metrics of a router.
 pub struct Metrics {
     registry: Registry,
@@ -56,6 +86,17 @@ pub struct Metrics {
     busy: Family<ByWorker, Seconds>,
     refused: Family<ByRefusal, Counter>,
     quarantined: Family<ByWorker, Counter>,
+    pad: Family<ByWorker, Counter>,
+    invalid: Family<ByWorker, Counter>,
+    scored: Family<ByIterations, Counter>,
+    covered: Family<ByIterations, Counter>,
+    overfull: Family<ByWorker, Counter>,
+    calibration: Family<ByWorker, Ratio>,
+    cuts: Family<ByWorker, Counter>,
+    cut_latency: Histogram,
+    slice_len: Family<ByModel, Gauge>,
+    moves: Family<ByMove, Counter>,
+    clock_jumps: Family<ByModel, Counter>,
     workers: Mutex<()>,
     gauges: Vec<WorkerGauge>,
 }
@@ -120,6 +161,21 @@ impl Default for Metrics {
             busy: register!("worker_busy_seconds", "computing", Family::default()),
             refused: register!("plans_refused", "plans that a worker did not run", Family::default()),
             quarantined: register!("quarantines", "links closed for what a worker said", Family::default()),
+            pad: register!("pad_tokens", "cells of padded batches computed for no token", Family::default()),
+            invalid: register!("invalid_tokens", "tokens computed for rows after their end", Family::default()),
+            scored: register!("slices_scored", "batches whose time was compared with its band", Family::default()),
+            covered: register!("slices_covered", "of these, whose time fell into its band", Family::default()),
+            overfull: register!("ceilings_passed", "batches that took more blocks than foreseen", Family::default()),
+            calibration: register!(
+                "worker_calibration_error",
+                "mean of |time of a batch / middle of its band - 1|",
+                Family::default()
+            ),
+            cuts: register!("cuts", "running batches told to end", Family::default()),
+            cut_latency: register!("cut_latency_seconds", "from a cut to the report of its batch", seconds()),
+            slice_len: register!("slice_length_iterations", "S: most iterations of the next slice", Family::default()),
+            moves: register!("moves", "rows that left a worker that was there", Family::default()),
+            clock_jumps: register!("clock_jumps", "events with a time before that of the last", Family::default()),
             workers: Mutex::new(()),
             gauges: gauges.into(),
             registry,
@@ -129,6 +185,25 @@ impl Default for Metrics {
 
 fn by(worker: &str) -> ByWorker {
     ByWorker { worker: worker.to_owned() }
+}
+
+/// The core keeps its residuals apart by these iterations of a batch, and so is their coverage.
+fn bucket(iterations: u32) -> &'static str {
+    match iterations {
+        0..=1 => "1",
+        2..=4 => "2-4",
+        5..=16 => "5-16",
+        17.. => "more",
+    }
+}
+
+impl Calibration {
+    fn take(&mut self, time: Micros, expected: Micros) -> f64 {
+        self.batches = (self.batches + 1).min(CALIBRATED);
+        let error = (time.0 as f64 / expected.0 as f64 - 1.0).abs();
+        self.error += (error - self.error) / f64::from(self.batches);
+        self.error
+    }
 }
 
 impl Metrics {
@@ -173,6 +248,38 @@ impl Metrics {
         self.slice_duration.observe(busy);
         self.busy.get_or_create_owned(&by(worker)).inc_by(busy);
         self.idle.get_or_create_owned(&by(worker)).inc_by(seconds(report.idle.0));
+        self.pad.get_or_create_owned(&by(worker)).inc_by(report.pad.0);
+        self.invalid.get_or_create_owned(&by(worker)).inc_by(report.invalid.0);
+    }
+
+    /// What was known of a batch beside what happened. A batch that ran no iteration had no time to be known.
+    pub fn scored(&self, worker: &str, record: &BatchRecord, calibration: &mut Calibration) {
+        let Some(outcome) = record.outcome.filter(|outcome| outcome.steps > 0) else { return };
+        let labels = ByIterations { worker: worker.to_owned(), iterations: bucket(outcome.steps) };
+        self.scored.get_or_create_owned(&labels).inc();
+        // Both are there from the start: a ratio of nothing is no alarm.
+        self.covered.get_or_create_owned(&labels).inc_by(outcome.covered().into());
+        self.overfull.get_or_create_owned(&by(worker)).inc_by((outcome.peak > record.ceiling).into());
+        let expected = Micros(u64::midpoint(outcome.band.lo.0, outcome.band.hi.0));
+        if expected > Micros::ZERO {
+            let error = calibration.take(outcome.time, expected);
+            self.calibration.get_or_create_owned(&by(worker)).set(error);
+        }
+    }
+
+    /// A worker's session ended: what it was like is no more.
+    pub fn left(&self, worker: &str) {
+        self.calibration.remove(&by(worker));
+    }
+
+    /// A worker was told to end its running batch.
+    pub fn cut(&self, worker: &str) {
+        self.cuts.get_or_create_owned(&by(worker)).inc();
+    }
+
+    /// A batch that was cut is reported.
+    pub fn cut_done(&self, after: Duration) {
+        self.cut_latency.observe(after.as_secs_f64());
     }
 
     /// A worker did not run a plan.
@@ -192,8 +299,8 @@ impl Metrics {
         self.quarantined.get_or_create_owned(&by(worker)).inc();
     }
 
-    /// The text of a scrape.
-    pub fn scrape(&self, loads: &[WorkerLoad]) -> String {
+    /// The text of a scrape of these workers and models.
+    pub fn scrape(&self, loads: &[WorkerLoad], models: &[(String, Figures)]) -> String {
         // One scrape at a time, so that none sees another's gauges half set.
         let _one = self.workers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         for gauge in &self.gauges {
@@ -201,6 +308,20 @@ impl Metrics {
             for load in loads {
                 let value = i64::try_from((gauge.read)(load)).unwrap_or(i64::MAX);
                 gauge.family.get_or_create_owned(&by(&load.spec.name)).set(value);
+            }
+        }
+        self.slice_len.clear();
+        for (model, figures) in models {
+            let labels = ByModel { model: model.clone() };
+            self.slice_len.get_or_create_owned(&labels).set(figures.slice_len.into());
+            // The core counts; a pool that is made anew begins at zero, as counters may.
+            self.clock_jumps.get_or_create_owned(&labels).inner().store(figures.clock_jumps, Ordering::Relaxed);
+            let Moves { drained, evicted, weighed, balanced } = figures.moves;
+            for (reason, count) in
+                [("drained", drained), ("evicted", evicted), ("weighed", weighed), ("balanced", balanced)]
+            {
+                let labels = ByMove { model: model.clone(), reason };
+                self.moves.get_or_create_owned(&labels).inner().store(count, Ordering::Relaxed);
             }
         }
         let mut out = String::new();
@@ -212,7 +333,7 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use router_core::{BatchEnd, Blocks, Micros, PlanNo, Tokens};
+    use router_core::{Band, BatchEnd, BatchOutcome, Blocks, PlanNo, Tokens, WorkerId};
 
     use super::*;
 
@@ -226,8 +347,8 @@ mod tests {
             decode: Micros(2_000),
             peak: Blocks(1),
             idle: Micros(500_000),
-            pad: Tokens(0),
-            invalid: Tokens(0),
+            pad: Tokens(3),
+            invalid: Tokens(4),
             rows: Vec::new(),
         }
     }
@@ -239,7 +360,9 @@ mod tests {
         metrics.ended("tiny", 200, Duration::from_millis(5));
         metrics.decision("product");
         metrics.slice("w0", &report());
-        let text = metrics.scrape(&[]);
+        metrics.cut("w0");
+        metrics.cut_done(Duration::from_millis(3));
+        let text = metrics.scrape(&[], &[("tiny".into(), Figures { slice_len: 40, ..Figures::default() })]);
         for line in [
             "scls_router_requests_total{model=\"tiny\",code=\"200\"} 1",
             "scls_router_inflight_requests 0",
@@ -248,8 +371,65 @@ mod tests {
             "scls_router_slices_total{worker=\"w0\"} 1",
             "scls_router_worker_busy_seconds_total{worker=\"w0\"} 0.003",
             "scls_router_worker_idle_seconds_total{worker=\"w0\"} 0.5",
+            "scls_router_pad_tokens_total{worker=\"w0\"} 3",
+            "scls_router_invalid_tokens_total{worker=\"w0\"} 4",
+            "scls_router_cuts_total{worker=\"w0\"} 1",
+            "scls_router_cut_latency_seconds_count 1",
+            "scls_router_slice_length_iterations{model=\"tiny\"} 40",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn batches_are_scored_by_the_iterations_that_ran() {
+        let metrics = Metrics::default();
+        let mut calibration = Calibration::default();
+        let record = |outcome| BatchRecord {
+            worker: WorkerId(0),
+            batch: PlanNo(1),
+            at: Micros(0),
+            rows: 1,
+            steps: 32,
+            band: Band { lo: Micros(10_000), hi: Micros(40_000) },
+            ceiling: Blocks(8),
+            outcome,
+        };
+        let outcome = |steps: u32, time: u64, peak: u64| {
+            let band = Band { lo: Micros(900), hi: Micros(1_100) };
+            Some(BatchOutcome { end: BatchEnd::Cut, steps, time: Micros(time), band, peak: Blocks(peak) })
+        };
+        for of in [
+            None,
+            outcome(0, 5_000, 0),
+            outcome(1, 900, 8),
+            outcome(4, 1_100, 8),
+            outcome(5, 1_101, 9),
+            outcome(16, 899, 8),
+            outcome(17, 1_000, 8),
+            // no band was known
+            Some(BatchOutcome { band: Band::default(), ..outcome(32, 1_000, 8).expect("one") }),
+        ] {
+            metrics.scored("w0", &record(of), &mut calibration);
+        }
+        let text = metrics.scrape(&[], &[]);
+        for line in [
+            "scls_router_slices_scored_total{worker=\"w0\",iterations=\"1\"} 1",
+            "scls_router_slices_covered_total{worker=\"w0\",iterations=\"1\"} 1",
+            "scls_router_slices_covered_total{worker=\"w0\",iterations=\"2-4\"} 1",
+            "scls_router_slices_scored_total{worker=\"w0\",iterations=\"5-16\"} 2",
+            "scls_router_slices_covered_total{worker=\"w0\",iterations=\"5-16\"} 0",
+            "scls_router_slices_scored_total{worker=\"w0\",iterations=\"more\"} 2",
+            "scls_router_slices_covered_total{worker=\"w0\",iterations=\"more\"} 1",
+            "scls_router_ceilings_passed_total{worker=\"w0\"} 1",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        let found =
+            text.lines().find_map(|line| line.strip_prefix("scls_router_worker_calibration_error{worker=\"w0\"} "));
+        let found: f64 = found.expect("a gauge").parse().expect("a number");
+        assert!((found - (0.1 + 0.1 + 0.101 + 0.101) / 5.0).abs() < 1e-9, "{found}");
+        metrics.left("w0");
+        assert!(!metrics.scrape(&[], &[]).contains("calibration_error{"));
     }
 }

@@ -104,7 +104,7 @@ mod tests {
     fn values() -> Vec<Value> {
         let text = r#"[null, true, false, 0, 1, -1, -2, 2, 3, -3, 0.5, 1.5, 1e-9, 1e300, 2.1, -0.1, 20, 21, 128, 129,
             4294967295, 4294967296, 9223372036854775807, -9223372036854775808, 18446744073709551615, 1e20,
-            "", "a", "auto", "none", "default", "required", "1", {}, {"a": 1}, {"type": "text"}, {"type": "json_object"},
+            "", "a", "auto", "none", "default", "flex", "priority", "required", "1", {}, {"a": 1}, {"type": "text"}, {"type": "json_object"},
             {"5": 1}, {"5": 100.5}, {"5": "a"}, {"-5": 1}, {"include_usage": true}, {"include_usage": 1},
             {"include_usage": null, "include_obfuscation": false}, {"other": null}, {"other": 1},
             [], ["a"], [""], ["a", "b"], [5], [5, 6], [-5], [5.5], [[5, 6]], [[]], [[5], [6]], ["text"], ["text", "audio"],

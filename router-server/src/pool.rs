@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use crate::conversation::{Conversations, Turn};
 use crate::convert::RowExtras;
-use crate::dispatch::{self, Arrival, COMMANDS, Command, Decided, PoolState, ROW_UPDATES, UPDATES};
+use crate::dispatch::{self, Arrival, Batch, COMMANDS, Command, Decided, PoolState, ROW_UPDATES, UPDATES};
 use crate::error::Error;
 use crate::generation::{Generation, Job, Start};
 use crate::metrics::Metrics;
@@ -241,7 +241,7 @@ impl Pool {
                 root: self.root,
                 choices: job.n,
                 max_tokens: Tokens(job.limits.max_tokens.into()),
-                urgent: false,
+                urgent: job.urgent,
             },
             extras: RowExtras {
                 sampling: job.sampling.clone(),
@@ -327,6 +327,15 @@ impl Pool {
         answer.await.unwrap_or_default()
     }
 
+    /// The latest batches, oldest first.
+    pub async fn batches(&self) -> Vec<Batch> {
+        let (sender, answer) = oneshot::channel();
+        if self.commands.send(Command::Batches(sender)).await.is_err() {
+            return Vec::new();
+        }
+        answer.await.unwrap_or_default()
+    }
+
     /// What the core believes of the workers.
     pub async fn loads(&self) -> Vec<WorkerLoad> {
         let (sender, answer) = oneshot::channel();
@@ -389,5 +398,69 @@ impl Text {
             }),
         };
         encoded.map_err(|error| Error::invalid("prompt", error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use router_core::{BlockSize, Blocks, Epoch, Layout, Mode, PolicyName, WorkerMessage, WorkerSpec};
+
+    use super::*;
+
+    /// A pool with one ready worker, whose further commands come here.
+    async fn pool() -> (Arc<Pool>, mpsc::Receiver<Command>) {
+        let block_size = BlockSize::new(16).expect("not zero");
+        let model = ModelSpec { digest: "m".into(), tokenizer: "t".into(), block_size, vocab: 100 };
+        let scheduler =
+            Config { policy: PolicyName::Product, mode: Mode::Slice, slice_len: None, seed: 0, max_rows: 8 };
+        let timeout = Duration::from_secs(1);
+        let config =
+            PoolConfig { scheduler, policy: "product", timeout, queue_timeout: None, fleet_key: String::new() };
+        let files = Files::new();
+        let mut pool =
+            Pool::start(vec!["m".into()], model.clone(), &files, &config, Arc::default()).expect("it starts");
+        let spec = WorkerSpec {
+            name: "w".into(),
+            epoch: Epoch(1),
+            model,
+            blocks: Blocks(100),
+            max_rows: 8,
+            max_context: Tokens(1000),
+            chunk: Tokens(512),
+            layout: Layout::Paged,
+            cost: None,
+        };
+        let ((link, _), (fate, _), (seat, seated)) = (mpsc::channel(8), oneshot::channel(), oneshot::channel());
+        pool.commands.send(Command::Join { spec, link, fate, seat }).await.expect("it runs");
+        let seat = seated.await.expect("a seat");
+        let message = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: Vec::new() };
+        pool.commands.send(Command::Message { seat, seq: 1, message }).await.expect("it runs");
+        assert_eq!(pool.loads().await.len(), 1);
+        let (sender, commands) = mpsc::channel(8);
+        Arc::get_mut(&mut pool).expect("nobody else has it").commands = sender;
+        (pool, commands)
+    }
+
+    #[tokio::test]
+    async fn urgency_reaches_the_core() {
+        let (pool, mut commands) = pool().await;
+        let mut running = Vec::new();
+        for urgent in [false, true] {
+            let job = Job {
+                model: "m".into(),
+                prompt: Arc::from([5]),
+                n: 1,
+                sampling: crate::proto::Sampling::default(),
+                limits: crate::proto::Limits { max_tokens: 1, ..crate::proto::Limits::default() },
+                stop: Vec::new(),
+                turn: None,
+                urgent,
+                traceparent: String::new(),
+            };
+            // Kept: dropped it would be cancelled.
+            running.push(pool.submit(job, Instant::now()).expect("it is taken"));
+            let Some(Command::Arrive(arrival)) = commands.recv().await else { panic!("no arrival") };
+            assert_eq!(arrival.request.urgent, urgent);
+        }
     }
 }

@@ -65,6 +65,8 @@ pub struct Params {
     pub include_usage: bool,
     /// Give the ids beside the text.
     pub return_token_ids: bool,
+    /// A short time to the first token is worth a slice start of others.
+    pub urgent: bool,
 }
 
 /// A body as it was parsed: what may be long apart, by parsers of their own. What is in a field that nobody knows is not kept: as
@@ -263,6 +265,7 @@ mod tests {
             (r#""suffix": "x""#, "suffix"),
             (r#""guided_json": {}"#, "guided_json"),
             (r#""no_such_field": 1"#, "no_such_field"),
+            (r#""service_tier": "scale""#, "service_tier"),
         ];
         for (field, param) in table {
             let error = completion(field).expect_err(field);
@@ -286,6 +289,8 @@ mod tests {
             r#""unknown": null"#,
             r#""presence_penalty": 0.0, "frequency_penalty": 0"#,
             r#""best_of": 1, "echo": false"#,
+            r#""service_tier": "auto""#,
+            r#""service_tier": "flex""#,
             r#""temperature": 0, "seed": -5, "stop": ["a", "b"], "max_tokens": 4294967295"#,
             "",
             r#""stream": true, "stream_options": {"include_usage": true, "include_obfuscation": false}"#,
@@ -316,6 +321,17 @@ mod tests {
         assert_eq!((params.n, params.sampling), (4, sampling));
         let unset = completion(r#""top_k": -1"#).expect("nothing of it").params;
         assert_eq!((unset.n, unset.sampling), (1, Sampling { temperature: 1.0, ..Sampling::default() }));
+    }
+
+    #[test]
+    fn the_priority_tier_is_urgent_and_no_other_is() {
+        for (tier, urgent) in [("null", false), (r#""default""#, false), (r#""flex""#, false), (r#""priority""#, true)]
+        {
+            let field = format!(r#""service_tier": {tier}"#);
+            assert_eq!(completion(&field).expect(&field).params.urgent, urgent, "{field}");
+            assert_eq!(chat(&field).expect(&field).params.urgent, urgent, "{field}");
+        }
+        assert_eq!(at_fault(&chat(r#""service_tier": 1"#).expect_err("a number")), (400, json!("service_tier")));
     }
 
     #[test]

@@ -12,7 +12,8 @@ use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 use crate::auth::Keys;
-use crate::cli::{Command, ConfigCommand, ServeArgs, UpArgs};
+use crate::calibrate;
+use crate::cli::{CalibrateArgs, Command, ConfigCommand, ServeArgs, UpArgs};
 use crate::config::{self, Parsed, Setting};
 use crate::fleet::Fleet;
 use crate::health;
@@ -49,16 +50,22 @@ pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
             print(&format!("{said}\n"))
         }),
         Command::Serve { workers, serve } => {
-            serve.check().map_err(Failure::Usage)?;
+            serve.check(&settings).map_err(Failure::Usage)?;
             start_log(&serve.log_level, serve.log_json, &warnings)?;
             let urls = workers.worker_urls.into_iter().flat_map(|urls| urls.0).collect();
             on_runtime(async { Ok(serve_urls(&serve, urls).await?) })
         }
         Command::Up { up, serve } => {
-            serve.check().and_then(|()| check_model(&up.model)).map_err(Failure::Usage)?;
+            let checked = serve.check(&settings).and_then(|()| check_model(&up.model));
+            checked.and_then(|()| check_cost_model(up.cost_model.as_deref())).map_err(Failure::Usage)?;
             start_log(&serve.log_level, serve.log_json, &warnings)?;
             let python = up.python.clone().or(python).unwrap_or_else(|| "python3".into());
             on_runtime(async { Ok(serve_up(&serve, &up, &python).await?) })
+        }
+        Command::Calibrate(args) => {
+            check_model(&args.model).map_err(Failure::Usage)?;
+            let python = args.python.clone().or(python).unwrap_or_else(|| "python3".into());
+            on_runtime(async { print(&calibrated(&args, &python).await?) })
         }
         Command::MockWorker { mock, log_level } => {
             mock::check(&mock).map_err(Failure::Usage)?;
@@ -72,7 +79,7 @@ fn configure(command: &ConfigCommand, settings: &[Setting]) -> Result<(), Failur
     match command {
         ConfigCommand::Show { origin, .. } => print(&config::show(settings, *origin)),
         ConfigCommand::Check { all } => {
-            all.serve.check().map_err(Failure::Usage)?;
+            all.serve.check(settings).map_err(Failure::Usage)?;
             api_keys(&all.serve).map_err(Failure::Usage)?;
             let state = |command: &str| match config::missing(command, settings) {
                 missing if missing.is_empty() => format!("{command}: complete\n"),
@@ -131,6 +138,25 @@ fn check_model(directory: &Path) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!("no weights (*.safetensors) in the model directory: {shown}"))
+    }
+}
+
+fn check_cost_model(file: Option<&Path>) -> Result<(), String> {
+    match file {
+        // What is in it is the worker's to judge, which knows its model.
+        Some(file) if !file.is_file() => {
+            Err(format!("no such cost model: {}\n`scls-router calibrate` makes one", file.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A signal ends the worker too.
+async fn calibrated(args: &CalibrateArgs, python: &Path) -> Result<String, Failure> {
+    let signals = Signals::listen()?;
+    tokio::select! {
+        told = calibrate::run(args, python) => told,
+        () = signals.first => Err(Failure::Run("ended by a signal, nothing is written".into())),
     }
 }
 

@@ -7,7 +7,7 @@
 //! requests can finish.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,6 +56,7 @@ impl Up {
                 name: format!("w{index}"),
                 python: python.into(),
                 model: args.model.clone().into(),
+                cost_model: args.cost_model.clone(),
                 more: args.worker_args.split_whitespace().map(str::to_owned).collect(),
                 fleet: Arc::clone(fleet),
             };
@@ -75,6 +76,7 @@ struct Worker {
     name: String,
     python: std::ffi::OsString,
     model: std::ffi::OsString,
+    cost_model: Option<PathBuf>,
     more: Vec<String>,
     fleet: Arc<Fleet>,
 }
@@ -110,6 +112,7 @@ impl Worker {
         Command::new(&self.python)
             .args(["-m", "scls_worker", "--port", "0", "--exit-with-parent", "--worker-id", &self.name, "--model"])
             .arg(&self.model)
+            .args(self.cost_model.iter().flat_map(|file| ["--cost-model".as_ref(), file.as_os_str()]))
             .args(&self.more)
             // What guards the router is none of a worker's business.
             .env_remove("SCLS_ROUTER_API_KEY")

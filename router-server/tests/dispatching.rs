@@ -154,7 +154,7 @@ async fn a_client_that_does_not_read_is_cancelled_and_told() {
     while let Some(update) = timeout(SOON, updates.recv()).await.unwrap() {
         got.push(update);
     }
-    assert!(matches!(got[0], Update::Placed(_)));
+    assert!(matches!(got[0], Update::Placed { .. }));
     assert!(matches!(got[1], Update::Tokens { first_index: 0, .. }));
     assert!(matches!(got[2], Update::Tokens { first_index: 1, .. }));
     assert!(matches!(got[3], Update::Overflow));
@@ -176,7 +176,7 @@ async fn a_choice_ends_alone_and_every_end_has_room() {
     let mut got = Vec::new();
     while let Some(update) = timeout(SOON, updates.recv()).await.unwrap() {
         got.push(match update {
-            Update::Placed(_) => "placed".to_owned(),
+            Update::Placed { .. } => "placed".to_owned(),
             Update::Tokens { row, .. } => format!("tokens {}", row.choice),
             Update::Finished { row, .. } => format!("end {}", row.choice),
             other => format!("{other:?}"),
@@ -274,7 +274,7 @@ async fn a_request_that_is_not_begun_in_time_is_given_up_and_one_that_is_runs_on
     worker.row().await;
     let update = loop {
         match second.recv().await.unwrap() {
-            Update::Placed(_) => {}
+            Update::Placed { .. } => {}
             other => break other,
         }
     };
@@ -282,6 +282,6 @@ async fn a_request_that_is_not_begun_in_time_is_given_up_and_one_that_is_runs_on
     assert!(worker.is_told_to_drop().await);
     tokio::time::sleep(2 * most).await;
     worker.draw(key, 0).await;
-    assert!(matches!(first.recv().await.unwrap(), Update::Placed(_)));
+    assert!(matches!(first.recv().await.unwrap(), Update::Placed { .. }));
     assert!(matches!(first.recv().await.unwrap(), Update::Tokens { first_index: 0, .. }));
 }

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Router, Worker, answered, config, drawn};
+use common::{Router, Worker, answered, config, drawn, request};
 use futures::{Stream, StreamExt};
 use router_server::proto::router_message::Body as Heard;
 use router_server::proto::worker_message::Body;
@@ -213,6 +213,42 @@ async fn a_broken_announcement_is_refused_and_another_epoch_is_no_session() {
                 && all[1].detail.contains("epoch")
         })
         .await;
+}
+
+fn priced(step: f64, shape: proto::CostShape) -> WorkerInfo {
+    let form = proto::PagedCostModel { step_constant_s: step, ..proto::PagedCostModel::default() };
+    let form = Some(proto::cost_model::Form::Paged(form));
+    let cost_model = Some(proto::CostModel { form, r2: f64::NAN, mean_error: -1.0, p99_error: f64::INFINITY });
+    WorkerInfo { cost_model, cost_shape: shape.into(), ..info() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cost_model_that_cannot_be_is_refused_and_one_that_is_absurd_harms_nobody() {
+    use proto::CostShape::{Padded, Paged};
+    for (step, shape, field) in [
+        (-1e-3, Paged, "step.constant"),
+        (f64::NAN, Paged, "step.constant"),
+        (f64::INFINITY, Paged, "step.constant"),
+        (1e6, Paged, "step.constant"),
+        (1e-3, Padded, "cost_shape"),
+    ] {
+        let url = scripted(priced(step, shape), 7, stops).await;
+        let router = Router::start(&[&url], config()).await;
+        router.until(|all| all[0].state() == State::Refused && all[0].detail.contains(field)).await;
+        assert_eq!(router.get("/ready").await.status, 503);
+    }
+    // Up to a day any number of seconds may be announced: what is computed of it stays a number, and requests are served.
+    for step in [0.0, 1e-300, 1e-3, 8e4] {
+        let url = scripted(priced(step, Paged), 7, stops).await;
+        let router = Router::start(&[&url], config()).await;
+        router.until(|all| all[0].state() == State::Ready).await;
+        let body = json!({"model": "tiny", "prompt": [5, 6], "max_tokens": 8});
+        let answer = router.post("/v1/completions", &body).await;
+        assert_eq!(answer.status, 200, "{step}: {}", answer.body);
+        assert_eq!(router.get("/metrics").await.status, 200);
+        let batches = request(router.admin, "GET", "/batches", b"").await;
+        assert_eq!(batches.status, 200);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -254,7 +254,7 @@ impl Scheduler {
     }
 
     /// The latest batches: those that ended, oldest first, then those that run.
-    pub fn batches(&self) -> impl Iterator<Item = &BatchRecord> {
+    pub fn batches(&self) -> impl DoubleEndedIterator<Item = &BatchRecord> {
         let running = self.workers.values().filter_map(|worker| worker.running.as_ref());
         self.batches.iter().chain(running.map(|running| &running.record))
     }

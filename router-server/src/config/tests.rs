@@ -279,6 +279,50 @@ fn unknown_variables_name_the_nearest() {
     assert!(read_line(&["version"], &vars).expect("valid").warnings.is_empty());
 }
 
+#[test]
+fn a_slice_length_needs_the_papers_scheduler_wherever_it_comes_from() {
+    let check = |flags: &[&str], vars: &[(&str, &str)]| {
+        let parsed = read_line(&[&["config", "check"], flags].concat(), vars).expect("each value is valid");
+        let cli::Command::Config(cli::ConfigCommand::Check { all }) = &parsed.cli.command else { panic!("not check") };
+        let core = all.serve.pool_config().scheduler;
+        all.serve.check(&parsed.settings).map(|()| (core.mode.as_str(), core.slice_len))
+    };
+    let file = Written::new("slice.toml", "slice_len = 8\nscheduler = 'ils'");
+    let config = ["--config", file.path()];
+    let variable = ("SCLS_ROUTER_SLICE_LEN", "8");
+    let scls = ("SCLS_ROUTER_SCHEDULER", "scls");
+    for (flags, vars, sls) in [
+        (&["--slice-len", "8", "--scheduler", "scls"][..], &[][..], false),
+        (&["--slice-len", "8"], &[scls], false),
+        (&["--scheduler", "scls"], &[variable], false),
+        (&config, &[scls], false),
+        (&["--scheduler", "sls"], &[], true),
+    ] {
+        let expected = if sls { ("sls", None) } else { ("scls", Some(8)) };
+        assert_eq!(check(flags, vars), Ok(expected), "{flags:?} {vars:?}");
+    }
+    assert_eq!(check(&[], &[]), Ok(("slice", None)));
+    assert_eq!(check(&[], &[scls]), Ok(("scls", None)));
+    let of_file = format!("slice_len ({0}: slice_len) does not go with scheduler ils ({0}: scheduler)", file.path());
+    for (flags, vars, expected) in [
+        (&["--slice-len", "8"][..], &[][..], "slice_len (flag --slice-len) does not go with scheduler slice (default)"),
+        (&[], &[variable], "slice_len (env SCLS_ROUTER_SLICE_LEN) does not go with scheduler slice (default)"),
+        (
+            &["--scheduler", "sls"],
+            &[variable],
+            "slice_len (env SCLS_ROUTER_SLICE_LEN) does not go with scheduler sls (flag --scheduler)",
+        ),
+        (&config, &[], &of_file),
+    ] {
+        let found = check(flags, vars).expect_err("it is wrong");
+        assert!(found.starts_with(expected), "{flags:?} {vars:?}: {found}");
+    }
+    for wrong in ["so", "pm", "ab", "lb", "slices"] {
+        let found = problems(&["config", "check"], &[("SCLS_ROUTER_SCHEDULER", wrong), variable]);
+        assert!(found[0].contains("it is one of slice, scls, sls, ils"), "{wrong}: {found:?}");
+    }
+}
+
 /// The rules of `cli.rs`, without which a setting could not come from a file.
 #[test]
 fn every_setting_has_a_variable_and_takes_a_value() {

@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use router_core::{
-    BatchEnd, BlockHash, Blocks, FinishReason, Keep, Plan, PlanNo, Refusal, RequestId, RowId, RowKey, RowReport,
-    RowStart, RowTokens, SliceReport, Tokens, WorkerMessage,
+    BatchEnd, BlockHash, Blocks, CostModel, FinishReason, Keep, PaddedCost, Plan, PlanNo, Refusal, RequestId, RowId,
+    RowKey, RowReport, RowStart, RowTokens, SliceReport, Tokens, WorkerMessage,
 };
-use router_sim::Terms;
+use router_sim::{Law, Terms};
 
 use crate::convert::token_ids;
 use crate::proto;
@@ -242,6 +242,32 @@ fn row_report(row: &RowReport) -> proto::RowReport {
         // The modelled worker does not say.
         blocks: 0,
     }
+}
+
+/// What its iterations take, exactly; no form where the law is none that a model can have.
+pub fn cost_model(law: &Law) -> proto::CostModel {
+    use proto::cost_model::Form;
+    let padded = |cost: &PaddedCost| proto::PaddedCost {
+        constant_s: cost.constant,
+        per_row_s: cost.per_row,
+        per_position_s: cost.per_position,
+        per_cell_s: cost.per_cell,
+    };
+    let form = match law {
+        Law::Linear(CostModel::Padded { prefill, step }) => {
+            Form::Padded(proto::PaddedCostModel { prefill: Some(padded(prefill)), step: Some(padded(step)) })
+        }
+        Law::Linear(CostModel::Paged { prefill, step }) => Form::Paged(proto::PagedCostModel {
+            prefill_constant_s: prefill.constant,
+            prefill_per_token_s: prefill.per_token,
+            prefill_per_pair_s: prefill.per_pair,
+            step_constant_s: step.constant,
+            step_per_row_s: step.per_row,
+            step_per_context_token_s: step.per_context,
+        }),
+        Law::Norm(_) => return proto::CostModel::default(),
+    };
+    proto::CostModel { form: Some(form), r2: 1.0, ..proto::CostModel::default() }
 }
 
 #[cfg(test)]

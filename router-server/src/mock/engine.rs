@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use router_core::{Micros, WorkerMessage as Said};
-use router_sim::{Command, SliceWorker};
+use router_sim::{Command, Modelled};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -31,7 +31,7 @@ pub enum Input {
 }
 
 struct Engine {
-    worker: SliceWorker,
+    worker: Modelled,
     info: WorkerInfo,
     start: Instant,
     streams: HashMap<u64, mpsc::Sender<WorkerMessage>>,
@@ -44,7 +44,7 @@ struct Engine {
 }
 
 /// Runs until stopped.
-pub async fn run(worker: SliceWorker, info: WorkerInfo, mut inputs: mpsc::Receiver<Input>) {
+pub async fn run(worker: Modelled, info: WorkerInfo, mut inputs: mpsc::Receiver<Input>) {
     let mut engine = Engine {
         worker,
         info,

@@ -1,6 +1,6 @@
 //! `scls-router mock-worker`: a worker without a model, for load tests, kill tests and big fleets.
 //!
-//! Speaks the Session contract like every worker; its engine is the simulator's [`router_sim::SliceWorker`] on the real
+//! Speaks the Session contract like every worker; its engine is the simulator's [`router_sim::Modelled`] on the real
 //! clock. This file knows flags, files and sockets; sessions are `engine.rs`, messages `convert.rs`.
 
 mod convert;
@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use futures::{Stream, StreamExt};
-use router_core::Micros;
-use router_sim::{SliceWorker, Timing};
+use router_core::{CostModel, Micros, PaddedCost};
+use router_sim::{Law, Modelled, Noise, Pace, Timing};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -83,9 +83,18 @@ pub struct MockArgs {
     /// Duration of an iteration in microseconds.
     #[arg(long, default_value_t = 0)]
     pub step_us: u64,
+    /// More for every row that decodes in it, in microseconds.
+    #[arg(long, default_value_t = 0)]
+    pub row_us: u64,
     /// More for every prefilled token, in microseconds.
     #[arg(long, default_value_t = 0.0)]
     pub prefill_us_per_token: f64,
+    /// Sigma of the factor on the time of a slice; of a step it is twice that.
+    #[arg(long, default_value_t = 0.0, value_parser = sigma)]
+    pub noise: f64,
+    /// How it lays batches out.
+    #[arg(long, value_enum, default_value_t = Layout::Paged)]
+    pub layout: Layout,
     /// Messages take this long in each direction.
     #[arg(long, default_value_t = 0)]
     pub link_delay_ms: u64,
@@ -95,6 +104,22 @@ pub struct MockArgs {
     /// End when stdin is closed.
     #[arg(long)]
     pub exit_with_parent: bool,
+}
+
+/// How batches are laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Layout {
+    /// In blocks: rows join and leave, KV stays.
+    Paged,
+    /// As rectangles: every row as long as the longest, KV goes with the batch.
+    Padded,
+}
+
+fn sigma(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(sigma) if (0.0..=1.0).contains(&sigma) => Ok(sigma),
+        _ => Err("it is a number from 0 to 1".into()),
+    }
 }
 
 /// Whether a worker can be made of these flags, asked before anything listens.
@@ -109,14 +134,8 @@ pub async fn serve(args: &MockArgs, listener: TcpListener, shutdown: impl Future
     let files = read_files(args.tokenizer.as_deref())?;
     let info = announcement(args, &files);
     let spec = crate::convert::worker_spec(&info).map_err(|error| error.to_string())?;
-    let timing = Timing {
-        step: Micros(args.step_us),
-        per_row: Micros::ZERO,
-        prefill_token_nanos: (args.prefill_us_per_token.max(0.0) * 1000.0) as u64,
-        chunk_tokens: args.chunk_tokens,
-    };
     let (engine, inputs) = mpsc::channel(1024);
-    let running = tokio::spawn(engine::run(SliceWorker::new(spec, timing), info.clone(), inputs));
+    let running = tokio::spawn(engine::run(Modelled::new(spec, pace(args)), info.clone(), inputs));
     let delay = Duration::from_millis(args.link_delay_ms);
     let service =
         Service { info, files: Arc::new(files), engine: engine.clone(), delay, sessions: Arc::new(AtomicU64::new(0)) };
@@ -175,10 +194,34 @@ fn digest(files: &Files) -> String {
     hex::encode(sha.finalize())
 }
 
+/// How long its iterations take.
+fn pace(args: &MockArgs) -> Pace {
+    let timing = Timing {
+        step: Micros(args.step_us),
+        per_row: Micros(args.row_us),
+        prefill_token_nanos: (args.prefill_us_per_token.max(0.0) * 1000.0) as u64,
+        chunk_tokens: args.chunk_tokens,
+    };
+    let pace = Pace { noise: Noise { sigma: args.noise, bias: 0.0, seed: random() }, ..Pace::from(timing) };
+    match (args.layout, pace.law) {
+        (Layout::Padded, Law::Linear(CostModel::Paged { prefill, step })) => {
+            let constant = step.constant;
+            let prefill = PaddedCost { constant, per_cell: prefill.per_token, ..PaddedCost::default() };
+            let step = PaddedCost { constant, per_row: step.per_row, ..PaddedCost::default() };
+            Pace { law: Law::Linear(CostModel::Padded { prefill, step }), ..pace }
+        }
+        _ => pace,
+    }
+}
+
 fn announcement(args: &MockArgs, files: &Files) -> WorkerInfo {
     // Names of processes, not secrets; 0 is no epoch.
     let epoch = (random() >> 1).max(1);
     let name = if args.worker_id.is_empty() { format!("mock-{epoch:016x}") } else { args.worker_id.clone() };
+    let shape = match args.layout {
+        Layout::Paged => CostShape::Paged,
+        Layout::Padded => CostShape::Padded,
+    };
     let contexts = args.max_context.saturating_mul(4).div_ceil(args.block_size);
     WorkerInfo {
         worker_id: name,
@@ -192,7 +235,8 @@ fn announcement(args: &MockArgs, files: &Files) -> WorkerInfo {
         block_size: args.block_size,
         blocks: args.blocks.unwrap_or(contexts),
         max_rows: args.max_rows,
-        cost_shape: CostShape::Paged.into(),
+        cost_shape: shape.into(),
+        cost_model: Some(convert::cost_model(&pace(args).law)),
         tokenizer_digest: digest(files),
         chunk_tokens: args.chunk_tokens,
         device: "none".into(),
