@@ -66,11 +66,16 @@ pub(crate) fn next(
     let row = |key: &RowKey| &rows[&key.row];
     let known = |key: &RowKey| row(key).home().is_some_and(|home| home.known);
     let keys: Vec<RowKey> = members.iter().map(|(key, _)| *key).collect();
+    let base_steps = worker.running.as_ref().map_or(0, |running| u64::from(running.batch.steps));
     let mut load = BatchLoad { rows: members.len() as u64, ..BatchLoad::default() };
     for (key, tokens) in &members {
         load.context += *tokens;
         load.longest = load.longest.max(*tokens);
-        load.uncached += row(key).home().map_or(Tokens::ZERO, |home| home.prefill);
+        let Some(home) = row(key).home() else { continue };
+        // what the base will have prefilled is not prefilled again
+        let each = if home.budget > Tokens::ZERO { home.budget } else { worker.spec.chunk };
+        let done = if row(key).runs() { each.0.saturating_mul(base_steps) } else { 0 };
+        load.uncached += home.prefill.saturating_sub(Tokens(done));
     }
     let expected = worker.estimator.time(worker.estimator.model().slice(&load, steps.into()));
     let add: Vec<RowStart> = keys.iter().filter(|key| !known(key)).map(|key| start(row(key), worker)).collect();
