@@ -74,7 +74,7 @@ fn main() -> ExitCode {
     print(&lines);
     let goals = goals(&lines);
     for goal in &goals {
-        println!("{} {}: {:.3}", if goal["holds"] == true { "pass" } else { "MISS" }, goal["goal"], goal["value"]);
+        println!("{} {}: {}", if goal["holds"] == true { "pass" } else { "MISS" }, goal["goal"], goal["value"]);
     }
     if let Some(file) = std::env::var_os("SCLS_BENCH_JSON") {
         let report = report(&lines, &goals, seconds, seeds);
@@ -149,7 +149,7 @@ fn goals(lines: &[Line]) -> Vec<Value> {
     let rate = |name: &str| of(name).figures.throughput;
     let mut goals = Vec::new();
     let mut goal = |goal: String, value: f64, bound: f64| {
-        goals.push(json!({"goal": goal, "value": value, "op": ">=", "bound": bound, "holds": value >= bound}));
+        goals.push(json!({"goal": goal, "value": rounded(value), "op": ">=", "bound": bound, "holds": value >= bound}));
     };
     for (less, more) in [("sls", "so"), ("so", "pm"), ("pm", "ab")] {
         goal(format!("throughput {more} / {less}"), rate(more) / rate(less), 1.0);
@@ -164,24 +164,33 @@ fn goals(lines: &[Line]) -> Vec<Value> {
     goals
 }
 
+/// What is printed is read: four digits after the point.
+fn rounded(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
 fn report(lines: &[Line], goals: &[Value], seconds: f64, seeds: u64) -> Value {
     let rows = lines.iter().map(|Line { lengths, mode, figures: f, spread }| {
         json!({
-            "lengths": lengths.name, "mode": mode.as_str(), "offered_per_s": f.offered, "requests_per_s": f.throughput,
-            "tokens_per_s": f.tokens, "rows_a_slice": f.rows, "slices_a_request": f.slices, "pad": f.pad,
-            "invalid": f.invalid, "computed_again": f.again, "idle": f.idle, "ttft_mean_s": f.ttft[0],
-            "ttft_p95_s": f.ttft[1], "latency_mean_s": f.latency[0], "latency_p95_s": f.latency[1],
-            "completion_std_s": spread,
+            "lengths": lengths.name, "mode": mode.as_str(), "offered_per_s": rounded(f.offered), "requests_per_s": rounded(f.throughput),
+            "tokens_per_s": rounded(f.tokens), "rows_a_slice": rounded(f.rows), "slices_a_request": rounded(f.slices), "pad": rounded(f.pad),
+            "invalid": rounded(f.invalid), "computed_again": rounded(f.again), "idle": rounded(f.idle), "ttft_mean_s": rounded(f.ttft[0]),
+            "ttft_p95_s": rounded(f.ttft[1]), "latency_mean_s": rounded(f.latency[0]), "latency_p95_s": rounded(f.latency[1]),
+            "completion_std_s": spread.map(rounded),
         })
     });
     let says = |command: &str, arguments: &[&str]| {
         let output = Command::new(command).args(arguments).output().ok();
         output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
     };
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpus
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_owned()));
     json!({
         "name": "ablation", "command": "make ablation", "kind": "virtual time, derived costs: no GPU was run",
         "commit": says("git", &["rev-parse", "--short", "HEAD"]), "when": says("date", &["-u", "+%F"]),
-        "machine": {"cores": std::thread::available_parallelism().map_or(1, std::num::NonZero::get)},
+        "machine": {"cpu": cpu, "cores": std::thread::available_parallelism().map_or(1, std::num::NonZero::get)},
         "workers": WORKERS, "worker": "13b-a100", "seconds": seconds, "seeds": seeds, "drained_per_s": DRAINED,
         "rows": rows.collect::<Vec<_>>(), "goals": goals,
     })
