@@ -205,9 +205,14 @@ impl Simulation {
         self.scheduler.batches()
     }
 
-    /// Rows that have not ended, and S as it is now.
-    pub fn unfinished(&self) -> (usize, u32) {
-        (self.scheduler.rows(), self.scheduler.slice_len())
+    /// Rows that have not ended.
+    pub fn unfinished(&self) -> usize {
+        self.scheduler.rows()
+    }
+
+    /// S as it is now.
+    pub fn slice_len(&self) -> u32 {
+        self.scheduler.slice_len()
     }
 
     fn happen(&mut self, happening: Happening) {

@@ -125,7 +125,7 @@ fn committed_work_is_what_it_takes() {
     let mut said = Vec::new();
     let mut at = Micros(20_000);
     sim.run(at);
-    while sim.unfinished().0 > 0 {
+    while sim.unfinished() > 0 {
         sim.run(at);
         said.push((at, sim.loads()[0].work));
         at += Micros(7_000);
@@ -156,7 +156,7 @@ fn different_outputs_give_different_slices() {
             sim.arrive_ending(Micros(10_000), request(id, prompt(id as u32, 50), 1024), output + id as u32 % 7);
         }
         sim.run(FOREVER);
-        sim.unfinished().1
+        sim.slice_len()
     };
     let (short, long) = (slice_len(200), slice_len(800));
     assert!(short < long && (20..=30).contains(&short) && (90..=110).contains(&long), "{short} and {long}");

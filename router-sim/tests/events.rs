@@ -207,7 +207,7 @@ impl Case {
             assert!(outcome.peak <= spec.blocks.0, "{worker} used {} of {}", outcome.peak, spec.blocks);
         }
         check_drained(&sim, &out);
-        assert_eq!(sim.unfinished().0, 0, "rows in the scheduler");
+        assert_eq!(sim.unfinished(), 0, "rows in the scheduler");
         for decision in sim.decisions() {
             assert_eq!(decision.recompute(), Some(decision.worker), "{:?}", decision.id);
         }
