@@ -139,7 +139,13 @@ def main() -> None:
         "rows": [{"mode": mode, "median_tokens_per_s": median[mode], "runs": runs} for mode, runs in rows.items()],
         "coverage": coverage,
         "goals": [
-            {"goal": "scls over sls, two real padded workers", "value": ratio, "op": ">", "bound": 1, "holds": ratio > 1},
+            {
+                "goal": "scls over sls, two real padded workers",
+                "value": ratio,
+                "op": ">",
+                "bound": 1,
+                "holds": ratio > 1,
+            },
             *(
                 {
                     "goal": f"batches whose time fell into their band, {layout} CPU worker",

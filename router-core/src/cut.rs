@@ -22,8 +22,6 @@ pub(crate) struct Joins {
     lost: f64,
     looked: Micros,
     waiting: u64,
-    /// The wake-up that was asked for last.
-    asked: Micros,
 }
 
 /// What to do with the running slice now.
@@ -60,16 +58,6 @@ impl Joins {
     fn rate(&self, now: Micros) -> f64 {
         let (Some(gap), Some(last)) = (self.gap, self.last) else { return 0.0 };
         gap.max(now.saturating_sub(last).0 as f64).max(1.0).recip()
-    }
-
-    /// Whether a wake-up is wanted at this time. One that is due no later asks again: were there one for each time that
-    /// is asked, each would bring forth one for each worker.
-    pub(crate) fn ask(&mut self, now: Micros, at: Micros) -> bool {
-        let pending = now < self.asked && self.asked <= at;
-        if !pending {
-            self.asked = at;
-        }
-        !pending
     }
 
     /// `joining` rows would start with the next plan, `running` rows wait for its start, which costs them `more` beyond
@@ -136,14 +124,6 @@ mod tests {
         assert_eq!(Joins::default().verdict(NOW, 1, 10, Micros(0)), Verdict::Cut);
         assert!(matches!(joins().verdict(NOW, 3, 10, Micros(0)), Verdict::Cut));
         assert!(matches!(joins().verdict(NOW, 3, 10, Micros(50_000)), Verdict::AskAt(_)));
-    }
-
-    #[test]
-    fn one_wake_up_at_a_time() {
-        let mut joins = Joins::default();
-        let asked = [(5, 50), (6, 60), (7, 40), (40, 60), (41, 70)];
-        let wanted = asked.map(|(now, at)| joins.ask(Micros(now), Micros(at)));
-        assert_eq!(wanted, [true, false, true, true, false]);
     }
 
     #[test]

@@ -262,7 +262,7 @@ pub enum Action {
     Finish(RowId, RowEnd),
     /// The request was not accepted; nothing of it ran.
     Reject(RequestId, Rejection),
-    /// Send a `Tick` at or after this time.
+    /// Send a `Tick` at or after this time. One timer will do, set to the earliest: a tick asks for what is wanted later.
     WakeAt(Micros),
 }
 

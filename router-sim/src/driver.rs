@@ -66,6 +66,8 @@ pub struct Simulation {
     told_every: u32,
     sessions: u64,
     slots: u32,
+    happened: u64,
+    most: u64,
     now: Micros,
     /// When the scheduler wants to be asked again.
     wake: Option<Micros>,
@@ -92,6 +94,8 @@ impl Simulation {
             told_every: 1,
             sessions: 0,
             slots: 0,
+            happened: 0,
+            most: u64::MAX,
             now: Micros::ZERO,
             wake: None,
             actions: Vec::new(),
@@ -110,6 +114,12 @@ impl Simulation {
     #[must_use]
     pub fn cheap(self, told_every: u32) -> Self {
         Self { logprobs: false, told_every, ..self }
+    }
+
+    /// It panics when more than this has happened: what never ends is found.
+    #[must_use]
+    pub fn with_most(self, most: u64) -> Self {
+        Self { most, ..self }
     }
 
     /// With [`Outcome::batches`].
@@ -160,6 +170,8 @@ impl Simulation {
         while let Some((at, happening)) = self.calendar.pop(limit) {
             self.now = at;
             self.outcome.end = at;
+            self.happened += 1;
+            assert!(self.happened <= self.most, "it does not end: {} rows are left at {at}", self.scheduler.rows());
             self.happen(happening);
         }
         for (id, connected) in &self.workers {

@@ -17,11 +17,10 @@ use router_sim::{Chaos, Noise, Outcome, Pace, Random, Simulation, Timing};
 
 const SEQUENCES: u64 = 1_500;
 const SOAK: u64 = 100_000;
+/// Things that happen in one sequence: some thousand; more than this is a loop.
+const MOST: u64 = 300_000;
 /// By now the first workers are ready, however late their messages.
 const EARLIEST: Micros = Micros(100_000);
-
-/// Modes and layouts that are drawn from.
-const SETTINGS: &[(Mode, Layout)] = &[(Mode::Slice, Layout::Paged), (Mode::Ils, Layout::Paged)];
 
 struct Arrival {
     at: Micros,
@@ -75,7 +74,7 @@ fn arrival(random: &mut Random, at: Micros) -> Arrival {
 
 impl Case {
     fn new(random: &mut Random) -> Self {
-        let (mode, layout) = pick(random, SETTINGS);
+        let (mode, layout) = (pick(random, &Mode::ALL), pick(random, &[Layout::Paged, Layout::Padded]));
         let slice_len = match random.below(4) {
             0 => Some(1),
             1 => None,
@@ -131,7 +130,7 @@ impl Case {
     }
 
     fn run(&self) -> (Simulation, Outcome) {
-        let mut sim = Simulation::new(model(), self.config.clone(), self.delay).with_chaos(self.chaos);
+        let mut sim = Simulation::new(model(), self.config.clone(), self.delay).with_chaos(self.chaos).with_most(MOST);
         for (at, spec, pace) in &self.joins {
             sim.join(*at, spec.clone(), *pace);
         }
@@ -179,6 +178,8 @@ impl Case {
 
     fn check(&self) {
         let (sim, out) = self.run();
+        let setting = (self.config.mode.as_str(), self.joins[0].1.layout);
+        assert!(out.refused.is_empty(), "{setting:?}: {:?}", &out.refused[..out.refused.len().min(3)]);
         assert!(out.rejected.is_empty(), "{:?}", out.rejected);
         for (id, arrival) in self.arrivals.iter().enumerate() {
             let most = arrival.max.min(arrival.eos.map_or(u64::MAX, u64::from));

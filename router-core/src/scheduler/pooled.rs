@@ -41,8 +41,6 @@ struct Formed {
 #[derive(Default)]
 pub(super) struct Rounds {
     last: Option<Micros>,
-    /// The wake-up that was asked for.
-    asked: Option<Micros>,
     turn: usize,
 }
 
@@ -145,8 +143,7 @@ impl Scheduler {
             }
         };
         let due = self.rounds.last.map_or(now, |last| last + wait);
-        if now < due && self.rounds.asked != Some(due) {
-            self.rounds.asked = Some(due);
+        if now < due {
             actions.push(Action::WakeAt(due));
         }
         due <= now

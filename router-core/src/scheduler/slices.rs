@@ -124,11 +124,7 @@ impl Scheduler {
         }
         match verdict {
             Verdict::GoOn if !urgent => {}
-            Verdict::AskAt(at) if !urgent => {
-                if worker.joins.ask(now, at) {
-                    actions.push(Action::WakeAt(at));
-                }
-            }
+            Verdict::AskAt(at) if !urgent => actions.push(Action::WakeAt(at)),
             _ => {
                 actions.push(Action::Cut(id, no));
                 if let Some(running) = &mut worker.running {
