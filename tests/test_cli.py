@@ -236,9 +236,16 @@ def test_workers_run_in_the_interpreter_that_runs_the_router(tmp_path: Path) -> 
         assert done.returncode == 1 and expected in done.stderr, (name, done.stderr)
 
 
-FIT = {"shape": "paged", "prefill": {"per_token": 3.5e-5}, "step": {"constant": 0.003}}
+MEASURED = {"layout": "paged", "prefill": {"per_token": 3.5e-5}, "step": {"constant": 0.003}}
 QUALITY = {"r2": 0.99, "mean_error": 0.02, "p99_error": 0.1}
-CALIBRATION = {"model": "m", "device": "cpu", "dtype": "float32", "layout": "paged", "fit": {**FIT, **QUALITY}, "grid": []}
+CALIBRATION = {
+    "model": "m",
+    "device": "cpu",
+    "dtype": "float32",
+    "layout": "paged",
+    "fit": {"model": MEASURED, **QUALITY},
+    "grid": [],
+}
 
 
 def python(folder: Path, code: str) -> str:
@@ -265,7 +272,18 @@ def test_calibrate_shows_the_workers_progress_and_what_came_of_it(tmp_path: Path
         "  R2 0.9900, mean error 2.0 %, p99 10.0 %\n"
         f"written to {out}\nscls-router up --model {MODEL} --cost-model {out}\n"
     )
-    asked = ["-m", "scls_worker", "--model", str(MODEL), "--calibrate", str(out), "--device", "cpu", "--layout", "paged"]
+    asked = [
+        "-m",
+        "scls_worker",
+        "--model",
+        str(MODEL),
+        "--calibrate",
+        str(out),
+        "--device",
+        "cpu",
+        "--layout",
+        "paged",
+    ]
     assert done.stderr == f"calibrate  50%\n{asked}\n"
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from doors import DOORS, Answer, Door, OpenAI, Refusal
@@ -376,17 +375,14 @@ def test_a_chunk_has_the_logprobs_of_its_text(client: openai.OpenAI) -> None:
         assert so_far.startswith(texts) and len(so_far) - len(texts) < len("never there"), (texts, so_far)
 
 
-def test_what_is_not_offered_is_asked_for_once(server: Server) -> None:
+def test_what_is_not_offered_is_asked_for_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """The package takes any 5xx for a passing fault, unless it is told."""
-    sent: list[str] = []
-    with httpx.Client(event_hooks={"request": [lambda request: sent.append(request.url.path)]}) as http:
-        client = openai.OpenAI(
-            base_url=f"http://{server.router.addresses['http']}/v1", api_key="none", max_retries=3, http_client=http
-        )
-        with pytest.raises(openai.InternalServerError) as error:
-            client.embeddings.create(model="tiny", input="a")
+    client = OpenAI(server.router, "tiny").client.with_options(max_retries=3)
+    with caplog.at_level("DEBUG", "openai"), pytest.raises(openai.InternalServerError) as error:
+        client.embeddings.create(model="tiny", input="a")
     assert error.value.status_code == 501 and error.value.code == "not_offered"
-    assert sent == ["/v1/embeddings"]
+    said = [record.getMessage() for record in caplog.records if "etrying" in record.getMessage()]
+    assert said == ["Not retrying as header `x-should-retry` is set to `false`"]
 
 
 def test_overload_and_absence_are_told_apart() -> None:

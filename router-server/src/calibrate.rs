@@ -65,7 +65,7 @@ fn summary(written: &Value) -> Option<String> {
     let _ =
         writeln!(out, "{}, {}, {}, {}: {points} points", text("model"), text("layout"), text("device"), text("dtype"));
     for part in ["prefill", "step"] {
-        let _ = writeln!(out, "  {part:<8} {}", coefficients(fit[part].as_object()?)?);
+        let _ = writeln!(out, "  {part:<8} {}", coefficients(fit["model"][part].as_object()?)?);
     }
     let quality = |name: &str| fit[name].as_f64();
     let _ = writeln!(
@@ -104,23 +104,27 @@ mod tests {
         let written = json!({
             "model": "airline-tiny", "model_digest": "m", "device": "cpu", "dtype": "float32", "layout": "paged",
             "fit": {
-                "shape": "paged",
-                "prefill": {"constant": 0.0, "per_token": 3.512_34e-5, "per_pair": 1.236e-11},
-                "step": {"constant": 0.003_214_5, "per_row": 5.0e-5, "per_context": 1.25e-6},
+                "model": {
+                    "layout": "paged",
+                    "prefill": {"constant": 0.0, "per_token": 3.512_34e-5, "per_pair": 1.236e-11},
+                    "step": {"constant": 0.003_214_6, "per_row": 5.0e-5, "per_context": 1.25e-6},
+                },
                 "r2": 0.99871, "mean_error": 0.0214, "p99_error": 0.098,
             },
             "grid": [{}, {}, {}],
         });
         let expected = "airline-tiny, paged, cpu, float32: 3 points\n  \
             prefill  constant 0 us, per_token 35.12 us, per_pair 0.00001236 us\n  \
-            step     constant 3214 us, per_row 50.00 us, per_context 1.250 us\n  \
+            step     constant 3215 us, per_row 50.00 us, per_context 1.250 us\n  \
             R2 0.9987, mean error 2.1 %, p99 9.8 %\n";
         assert_eq!(summary(&written).as_deref(), Some(expected));
     }
 
     #[test]
     fn what_is_no_calibration_is_none() {
-        for wrong in [json!(null), json!({}), json!({"fit": 5}), json!({"fit": {"prefill": {}, "step": {"a": "b"}}})] {
+        for wrong in
+            [json!(null), json!({}), json!({"fit": 5}), json!({"fit": {"model": {"prefill": {}, "step": {"a": "b"}}}})]
+        {
             assert_eq!(summary(&wrong), None, "{wrong}");
         }
     }

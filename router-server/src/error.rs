@@ -16,8 +16,8 @@ use crate::convert::clipped;
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// Who comes back sooner than in a few steps of a worker finds what was there.
 const SOONEST: Duration = Duration::from_millis(100);
-/// The openai clients heed a `Retry-After` of up to a minute and back off on their own past that; what is known of slices
-/// says nothing of a later time anyway, by when others have come and gone.
+/// The openai clients heed a `Retry-After` of up to one minute or two, by version, and past that back off on their own or
+/// give up; what is known of slices says nothing of a later time anyway, by when others have come and gone.
 const LATEST: Duration = Duration::from_secs(60);
 
 /// A failure that a client sees.
