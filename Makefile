@@ -84,9 +84,10 @@ readme-figures: ## the README's tables from bench/results
 	@$(PY) tools/readme_figures.py
 
 bench: bench-core ## bench-core, and the core's look-ups and decisions one by one
-	@cargo bench --quiet -p router-core
+	@cargo bench --quiet -p router-core --bench decision --bench cost --bench batching
 
-bench-core: ## text to decision for a later turn of a long conversation, with its parts
+bench-core: ## text to decision for a later turn of a long conversation; what an event of a row costs the scheduler
+	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/handle.json cargo bench --quiet -p router-core --bench handle
 	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/core.json cargo bench --quiet -p router-server --bench text
 
 bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)

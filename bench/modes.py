@@ -27,7 +27,7 @@ from harness import MODEL, Router, Worker  # noqa: E402
 from scls_router import Client  # noqa: E402
 
 LIMIT = 256
-EOS_BIAS = 6.0
+EOS_BIAS = 2.5
 
 
 def lengths(count: int, seed: int) -> list[int]:
@@ -50,7 +50,7 @@ def burst(router: Router, prompts: list[list[int]]) -> tuple[float, list[list[in
             answer = client.generate(
                 prompts[at], model="tiny", max_tokens=LIMIT, temperature=1.0, seed=at, logit_bias=bias
             )
-            return list(answer.choices[0].token_ids)
+            return list(answer.choices[0].ids)
 
         began = time.monotonic()
         ids = list(threads.map(ask, range(len(prompts))))

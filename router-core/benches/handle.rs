@@ -2,23 +2,23 @@
 //! decision; 10,000 rows in flight on 64 and on 1,000 workers. Beside it, in the same run, what no scheduler can do
 //! without: one look-up of the row in a hash map, and the copy of its token.
 
+use std::hint::black_box;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use divan::counter::ItemsCount;
-use divan::{Bencher, black_box};
 use hashbrown::HashMap;
 use router_core::{
     Action, BatchEnd, BlockHash, BlockSize, Blocks, Config, Epoch, Event, Layout, Micros, Mode, ModelSpec, NewRequest,
     PlanNo, PolicyName, RequestId, RowId, RowKey, RowReport, RowTokens, Scheduler, SliceReport, Tokens, WorkerId,
     WorkerMessage, WorkerSpec,
 };
+use serde_json::json;
 
 const ROWS: u64 = 10_000;
-const WORKERS: [u32; 2] = [64, 1000];
-
-fn main() {
-    divan::main();
-}
+const ROUNDS: usize = 4000;
+/// Workers, and the most microseconds that an event of a row may take.
+const WORKERS: [(u32, f64); 2] = [(64, 2.0), (1000, 10.0)];
 
 /// What is known of a worker's side.
 #[derive(Default)]
@@ -109,10 +109,14 @@ impl Fleet {
         self.actions.clear();
         self.scheduler.handle(self.now, event, &mut self.actions);
         for action in &self.actions {
-            if let Action::Plan(worker, plan) = action
-                && let Some(work) = self.workers.get_mut(worker.0 as usize)
-            {
-                work.standing = plan.no;
+            match action {
+                Action::Plan(worker, plan) => {
+                    if let Some(work) = self.workers.get_mut(worker.0 as usize) {
+                        work.standing = plan.no;
+                    }
+                }
+                Action::Quarantine(_, why) => panic!("{why}"),
+                _ => {}
             }
         }
     }
@@ -169,72 +173,101 @@ impl Fleet {
     }
 }
 
-/// Tokens of an iteration; counted by rows.
-#[divan::bench(args = WORKERS)]
-fn tokens(bencher: Bencher, workers: u32) {
-    let fleet = std::cell::RefCell::new(Fleet::new(workers));
-    let rows = ROWS / u64::from(workers);
-    bencher
-        .counter(ItemsCount::new(rows))
-        .with_inputs(|| {
-            let mut fleet = fleet.borrow_mut();
-            let worker = fleet.turn();
-            let message = fleet.iteration(worker);
-            (worker, message)
-        })
-        .bench_local_values(|(worker, message)| fleet.borrow_mut().says(worker, message));
+/// Median time of an event, divided by the rows in it. Building the event is not counted.
+fn each(fleet: &mut Fleet, rows: u64, mut event: impl FnMut(&mut Fleet) -> Duration) -> f64 {
+    for _ in 0..ROUNDS / 10 {
+        event(fleet);
+    }
+    let mut times: Vec<Duration> = (0..ROUNDS).map(|_| event(fleet)).collect();
+    times.sort_unstable();
+    times[ROUNDS / 2].as_secs_f64() * 1e6 / rows as f64
 }
 
-/// A slice's end: what was foreseen is scored, all rows go on, the next plan is made; counted by rows.
-#[divan::bench(args = WORKERS)]
-fn slice_end(bencher: Bencher, workers: u32) {
-    let fleet = std::cell::RefCell::new(Fleet::new(workers));
-    let rows = ROWS / u64::from(workers);
-    bencher
-        .counter(ItemsCount::new(rows))
-        .with_inputs(|| {
-            let mut fleet = fleet.borrow_mut();
-            let worker = fleet.turn();
-            (worker, fleet.report(worker))
-        })
-        .bench_local_values(|(worker, message)| fleet.borrow_mut().says(worker, message));
-}
-
-/// An arrival: its blocks are hashed and looked up, every worker is scored, plans change, a slice is cut; then it is gone.
-#[divan::bench(args = WORKERS)]
-fn arrival(bencher: Bencher, workers: u32) {
-    let fleet = std::cell::RefCell::new(Fleet::new(workers));
-    bencher
-        .with_inputs(|| {
-            let mut fleet = fleet.borrow_mut();
-            fleet.arrivals += 1;
-            request(fleet.arrivals)
-        })
-        .bench_local_values(|request| {
-            let mut fleet = fleet.borrow_mut();
-            let id = request.id;
-            fleet.event(Event::RequestArrived(request));
-            fleet.event(Event::Cancelled { request: id, choice: None });
-        });
+fn timed(fleet: &mut Fleet, worker: u32, message: WorkerMessage) -> Duration {
+    let began = Instant::now();
+    fleet.says(worker, message);
+    began.elapsed()
 }
 
 /// What no scheduler can do without: the row's look-up and its token's copy.
-#[divan::bench(args = WORKERS)]
-fn tokens_limit(bencher: Bencher, workers: u32) {
-    let mut rows: HashMap<RowId, Vec<u32>> =
-        (0..ROWS).map(|id| (RowId { request: RequestId(id), choice: 0 }, Vec::with_capacity(1024))).collect();
-    let each = ROWS / u64::from(workers);
-    let mut from = 0;
-    bencher.counter(ItemsCount::new(each)).bench_local(|| {
-        for id in 0..each {
-            let row = RowId { request: RequestId((from + id) % ROWS), choice: 0 };
-            if let Some(output) = rows.get_mut(black_box(&row)) {
-                output.push(5);
-                if output.len() == 1024 {
-                    output.clear();
-                }
-            }
+fn limit() -> f64 {
+    let row = |id| RowId { request: RequestId(id % ROWS), choice: 0 };
+    let mut rows: HashMap<RowId, Vec<u32>> = (0..ROWS).map(|id| (row(id), Vec::with_capacity(1024))).collect();
+    let began = Instant::now();
+    let all = ROWS * 500;
+    for id in 0..all {
+        if let Some(output) = rows.get_mut(black_box(&row(id))) {
+            output.push(5);
         }
-        from += each;
+    }
+    began.elapsed().as_secs_f64() * 1e6 / all as f64
+}
+
+fn main() -> ExitCode {
+    let mut table = Vec::new();
+    for (workers, most) in WORKERS {
+        let mut fleet = Fleet::new(workers);
+        let rows = ROWS / u64::from(workers);
+        let tokens = each(&mut fleet, rows, |fleet| {
+            let worker = fleet.turn();
+            let message = fleet.iteration(worker);
+            timed(fleet, worker, message)
+        });
+        let slice_end = each(&mut fleet, rows, |fleet| {
+            let worker = fleet.turn();
+            let message = fleet.report(worker);
+            timed(fleet, worker, message)
+        });
+        let arrival = each(&mut fleet, 1, |fleet| {
+            fleet.arrivals += 1;
+            let request = request(fleet.arrivals);
+            let id = request.id;
+            let began = Instant::now();
+            fleet.event(Event::RequestArrived(request));
+            fleet.event(Event::Cancelled { request: id, choice: None });
+            began.elapsed()
+        });
+        for (event, us, bounded) in
+            [("a token", tokens, true), ("a slice's end", slice_end, true), ("arrival and end", arrival, false)]
+        {
+            table.push((workers, event, us, bounded.then_some(most)));
+        }
+    }
+    let limit = limit();
+    println!("microseconds a row, {ROWS} rows in flight, medians of {ROUNDS} events");
+    for (workers, event, us, _) in &table {
+        println!("{us:9.3}  {event}, {workers} workers");
+    }
+    println!("{limit:9.3}  the limit: a look-up of the row and a copy of its token");
+    let holds = table.iter().all(|(.., us, most)| most.is_none_or(|most| *us < most));
+    if let Some(file) = std::env::var_os("SCLS_BENCH_JSON") {
+        std::fs::write(file, report(&table, limit)).expect("the report is written");
+    }
+    println!("{}", if holds { "pass: a row event under 2 us at 64 workers, under 10 us at 1,000" } else { "FAIL" });
+    ExitCode::from(u8::from(!holds))
+}
+
+type Row = (u32, &'static str, f64, Option<f64>);
+
+fn report(table: &[Row], limit: f64) -> String {
+    let said = |program: &str, args: &[&str]| {
+        let done = Command::new(program).args(args).output().ok().filter(|done| done.status.success());
+        done.map_or_else(|| "unknown".to_owned(), |done| String::from_utf8_lossy(&done.stdout).trim().to_owned())
+    };
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = info.lines().find_map(|line| Some(line.strip_prefix("model name")?.split_once(':')?.1.trim()));
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let rows: Vec<_> =
+        table.iter().map(|(workers, event, us, _)| json!({"workers": workers, "event": event, "us": us})).collect();
+    let goals = table.iter().filter_map(|(workers, event, us, most)| {
+        let most = (*most)?;
+        Some(json!({"goal": format!("{event}, {workers} workers, us a row"), "value": us, "op": "<", "bound": most, "holds": *us < most}))
     });
+    let report = json!({
+        "name": "handle", "command": "make bench-core", "commit": said("git", &["rev-parse", "--short", "HEAD"]),
+        "when": said("date", &["-u", "+%Y-%m-%d"]),
+        "machine": {"cpu": cpu.unwrap_or(std::env::consts::ARCH), "cores": cores, "gpu": null}, "seed": null,
+        "rows_in_flight": ROWS, "limit_us": limit, "rows": rows, "goals": goals.collect::<Vec<_>>(),
+    });
+    format!("{report:#}\n")
 }
