@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo help up test test-versions lint bench bench-core bench-peers proto clean soak ablation build readme-figures setup rust-test py-test
+.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers proto clean soak ablation build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -89,6 +89,11 @@ bench: bench-core ## bench-core, and the core's look-ups and decisions one by on
 bench-core: ## text to decision for a later turn of a long conversation; what an event of a row costs the scheduler
 	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/handle.json cargo bench --quiet -p router-core --bench handle
 	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/core.json cargo bench --quiet -p router-server --bench text
+
+bench-modes: ## sequence level, slice level and ours on real CPU workers, and their bands
+	@tools/setup.sh test
+	@$(MAKE) --no-print-directory build
+	@$(PY) bench/modes.py $(ARGS)
 
 bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)
 	@tools/setup.sh run

@@ -59,7 +59,57 @@ def python_route(report: dict) -> str:
     )
 
 
-TABLES = {"demo": demo, "core": core, "python-route": python_route}
+def ablation(report: dict) -> str:
+    rows = [row for row in report["rows"] if row["lengths"] == "synthetic-sharegpt-like"]
+    lines = [
+        "| scheduler | what is new | requests/s | rows a slice | computed again | pad, invalid | spread of completion |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| `{row['mode']}` | {STEPS[row['mode']]} | {row['requests_per_s']:.1f} | {row['rows_a_slice']:.0f}"
+            f" | {row['computed_again']:.0%} | {row['pad']:.0%}, {row['invalid']:.0%} | {row['completion_std_s']:.1f} s |"
+            for row in rows
+        ),
+        "",
+        f"`{report['command']}`, {report['when']}.",
+    ]
+    return "\n".join(lines)
+
+
+STEPS = {
+    "sls": "sequence level, 16 rows",
+    "so": "slices of 128",
+    "pm": "rows of like length together",
+    "ab": "batches by dynamic programme",
+    "lb": "max-min offloading",
+    "scls": "adaptive rounds: the paper",
+    "ils": "iteration level, KV kept, paged",
+    "slice": "**this router**",
+}
+
+
+def modes(report: dict) -> str:
+    lines = [
+        "| scheduler, workers | tokens/s, median | slices | pad tokens | invalid tokens |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        run = row["runs"][0]
+        lines.append(
+            f"| {row['mode']} | {row['median_tokens_per_s']:.0f} | {run['slices']} | {run['pad']:.0f} | {run['invalid']:.0f} |"
+        )
+    cover = ", ".join(f"{c['share']:.1%} of {c['slices']} ({layout})" for layout, c in report["coverage"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{report['requests']} requests at once, outputs of {report['output_tokens']['mean']:.0f} tokens in the mean and"
+            f" {report['output_tokens']['most']} at most. Batches whose time fell into their band: {cover}."
+            f" `{report['command']}`, {report['when']}, {report['machine']['cores']} cores of {report['machine']['cpu']}.",
+        ]
+    )
+
+
+TABLES = {"ablation": ablation, "modes": modes, "demo": demo, "core": core, "python-route": python_route}
 
 
 def main() -> None:

@@ -248,6 +248,8 @@ pub struct ServeArgs {
 enum Policy {
     /// New prefill tokens times batch size; the smallest wins.
     Product,
+    /// The time of one slice there times batch size; the smallest wins.
+    ProductTime,
     /// One after the other.
     RoundRobin,
     /// By a seeded draw.
@@ -260,6 +262,7 @@ impl Policy {
     fn core(self) -> (PolicyName, &'static str) {
         match self {
             Self::Product => (PolicyName::Product, "product"),
+            Self::ProductTime => (PolicyName::ProductTime, "product_time"),
             Self::RoundRobin => (PolicyName::RoundRobin, "round_robin"),
             Self::Random => (PolicyName::Random, "random"),
             Self::LeastRequests => (PolicyName::LeastRequests, "least_requests"),
