@@ -15,7 +15,7 @@ from scls_router.proto import common_pb2 as common
 from scls_router.proto import worker_pb2 as pb
 from session import Row, Session
 
-KINDS = ["real", "real-padded", "python-mock", "python-mock-padded", "rust-mock"]
+KINDS = ["real", "real-padded", "python-mock", "python-mock-padded", "rust-mock", "rust-mock-padded"]
 BLOCKS = 64
 # What is about KV that outlives a batch, of which a padded worker has none (workers/tests/test_padded.py has its own).
 PAGED_ONLY = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scls_router
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scls_router.proto import common_pb2 as common
@@ -17,9 +16,6 @@ from scls_worker.errors import StartupError
 from scls_worker.mock import MockRunner
 from scls_worker.rows import Chunk, Drawn
 from worker_harness import Router, make_info, start
-
-HAS_MODELS = hasattr(scls_router, "CostModel")
-needs_models = pytest.mark.skipif(not HAS_MODELS, reason="scls_router without CostModel")
 
 
 class Clock:
@@ -265,7 +261,6 @@ def test_a_mock_knows_its_cost() -> None:
     )
 
 
-@needs_models
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("effort", [START, COMMAND])
 def test_the_real_fit_finds_the_mocks_cost(padded: bool, effort: calibrate.Effort) -> None:
@@ -278,7 +273,6 @@ def test_the_real_fit_finds_the_mocks_cost(padded: bool, effort: calibrate.Effor
     assert found["p99_error"] < 1e-3
 
 
-@needs_models
 @pytest.mark.parametrize("bad", ["-1.0", "NaN", "Infinity", "null", '"x"'])
 def test_the_real_model_refuses_what_no_worker_can_have(tmp_path: Path, bad: str) -> None:
     path, info = tmp_path / "cost.json", make_info()
