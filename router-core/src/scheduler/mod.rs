@@ -218,7 +218,7 @@ impl Scheduler {
             return self.sent(id, batch);
         }
         // nothing runs: it starts on arrival
-        self.started(now, id, batch, None, actions);
+        self.started(now, id, batch, false, actions);
         // and the plan after it stands from the start, so that the worker never waits for a report
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.dirty = false;

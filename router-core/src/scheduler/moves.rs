@@ -46,6 +46,7 @@ impl Scheduler {
         if rows.is_empty() {
             return;
         }
+        let slice_len = self.slice_len();
         let least = self.workers.iter().filter(|(other, w)| **other != at && w.ready());
         let Some(to) = least.min_by_key(|(_, w)| w.batch_size()).map(|(&to, _)| to) else { return };
         for &id in rows {
@@ -54,7 +55,8 @@ impl Scheduler {
             let (tokens, total) = (row.tokens(), row.total());
             let (Some(home), Some(there)) = (self.workers.get(&at), self.workers.get(&to)) else { return };
             let (ours, theirs) = (home.batch_size(), there.batch_size());
-            if theirs + 1 >= ours || total > there.spec.most_tokens() {
+            // where it would have to wait for a place nothing is gained
+            if theirs + 1 >= ours || total > there.spec.most_tokens() || !there.has_room(tokens, slice_len) {
                 continue;
             }
             // answers end at a steady rate: what is left is what a whole one has
