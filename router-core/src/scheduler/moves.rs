@@ -4,15 +4,13 @@
 
 use super::Scheduler;
 use crate::block::new_tokens;
+use crate::constants::MOST_BALANCED;
 use crate::event::Action;
 use crate::ids::{RowId, WorkerId};
 use crate::index::PrefixIndex;
 use crate::mode::Mode;
 use crate::row::{Place, Stage};
 use crate::units::{Micros, Tokens};
-
-/// Moves of waiting rows in one round: each changes what the next one sees.
-const MOST_BALANCED: usize = 8;
 
 impl Scheduler {
     /// Moves a row to a worker that was chosen for it.

@@ -182,7 +182,7 @@ impl Scheduler {
             self.index.take_back(id, &chain);
         }
         self.ended(id, running, report);
-        self.slice_ended = true;
+        self.slices_ended += 1;
         let mut goes_on = Vec::new();
         for row in &report.rows {
             goes_on.extend(self.row_reported(id, row, actions));
