@@ -56,7 +56,7 @@ pub struct Config {
 pub struct Moves {
     /// Their worker drains.
     pub drained: u64,
-    /// They had lost their KV for want of memory.
+    /// There was no place for their KV any more.
     pub evicted: u64,
     /// The request-seconds of both ends said so.
     pub weighed: u64,
