@@ -46,3 +46,12 @@ pub(crate) const START_UNKNOWN: f64 = 10.0;
 pub(crate) const FIRST_OUTPUT: f64 = 256.0;
 /// Iterations foreseen of a batch (1.5 MB): a slice has at most [`MOST_SLICE`], and a sequence seldom as many.
 pub(crate) const MOST_FORESEEN: u32 = 1 << 16;
+
+/// Rows that a rectangle's plan looks at, as a multiple of those a batch may have: enough to find rows of like length, and a
+/// plan's price does not grow with the queue.
+pub(crate) const WINDOW: usize = 4;
+/// Moves of waiting rows in one round: each changes what the next one sees.
+pub(crate) const MOST_BALANCED: usize = 8;
+/// Workers that a round looks at for each slice that ended: with more, rounds are rarer, so that the look at all workers costs
+/// a report no more than it does here (62 us at 1,000 workers with rows waiting on each, without it).
+pub(crate) const BALANCED_WORKERS: usize = 64;

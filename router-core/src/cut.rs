@@ -44,11 +44,13 @@ impl Joins {
         }
     }
 
-    /// A slice starts. `exposed` is what its start cost, where that was measured.
-    pub(crate) fn begin(&mut self, now: Micros, exposed: Option<Micros>) {
-        if let Some(exposed) = exposed {
-            self.start += (exposed.0 as f64 - self.start) / JOINS;
-        }
+    /// The start of a slice cost so much.
+    pub(crate) fn exposed(&mut self, time: Micros) {
+        self.start += (time.0 as f64 - self.start) / JOINS;
+    }
+
+    /// A slice starts.
+    pub(crate) fn begin(&mut self, now: Micros) {
         self.lost = 0.0;
         self.looked = now;
         self.waiting = 0;
@@ -87,7 +89,8 @@ mod tests {
         let mut joins = Joins::default();
         for at in 0..200 {
             joins.placed(Micros(at * 10_000));
-            joins.begin(Micros(at * 10_000), Some(Micros(4_000)));
+            joins.exposed(Micros(4_000));
+            joins.begin(Micros(at * 10_000));
         }
         joins
     }

@@ -68,16 +68,21 @@ pub(crate) fn next(
     let keys: Vec<RowKey> = members.iter().map(|(key, _)| *key).collect();
     let base_steps = worker.running.as_ref().map_or(0, |running| u64::from(running.batch.steps));
     let mut load = BatchLoad { rows: members.len() as u64, ..BatchLoad::default() };
+    let mut left = Tokens::ZERO;
     for (key, tokens) in &members {
         load.context += *tokens;
         load.longest = load.longest.max(*tokens);
+        left = left.max(row(key).total().saturating_sub(*tokens));
         let Some(home) = row(key).home() else { continue };
         // what the base will have prefilled is not prefilled again
         let each = if home.budget > Tokens::ZERO { home.budget } else { worker.spec.chunk };
         let done = if row(key).runs() { each.0.saturating_mul(base_steps) } else { 0 };
         load.uncached += home.prefill.saturating_sub(Tokens(done));
     }
-    let expected = worker.estimator.time(worker.estimator.model().slice(&load, steps.into()));
+    // it ends when all its rows are at their limits, whatever S is
+    let chunks = Tokens(load.uncached.0.div_ceil(worker.spec.chunk.0.max(1)));
+    let iterations = u64::from(steps).min((left + chunks).0.max(1));
+    let expected = worker.estimator.time(worker.estimator.model().slice(&load, iterations));
     let add: Vec<RowStart> = keys.iter().filter(|key| !known(key)).map(|key| start(row(key), worker)).collect();
     let kept: Vec<RowKey> = keys.iter().filter(|key| known(key)).copied().collect();
     let survivors = worker.running.is_some() && kept.iter().all(|key| row(key).runs());
@@ -148,27 +153,9 @@ pub(crate) fn start(row: &Row, worker: &Worker) -> RowStart {
         output: row.output.clone(),
         max_tokens: row.max_tokens,
         hold_rank: row.hold_rank(),
-        prefill_budget: row.home().map_or(Tokens::ZERO, |home| budget(worker, row.tokens(), home.prefill)),
+        prefill_budget: row.home().map_or(Tokens::ZERO, |home| {
+            let (rows, context) = (worker.batch_size().saturating_sub(1), worker.context.saturating_sub(row.tokens()));
+            worker.pace(rows, context, row.tokens(), home.prefill)
+        }),
     }
-}
-
-/// Most prefill tokens an iteration takes of a row beside others that decode. A prompt that one chunk computes goes in
-/// one piece. A longer one takes as long as the step it rides in, so that the others' time between tokens at most
-/// doubles; zero stands for no limit but the chunk.
-fn budget(worker: &Worker, tokens: Tokens, prefill: Tokens) -> Tokens {
-    let chunk = worker.spec.chunk;
-    if prefill <= chunk || chunk == Tokens::ZERO {
-        return Tokens::ZERO;
-    }
-    let size = worker.spec.model.block_size.get();
-    // the last chunk attends most
-    let of = |count: u64| worker.estimator.time(worker.estimator.model().prefill(Tokens(count), tokens));
-    let rows = worker.batch_size().saturating_sub(1).max(1);
-    let step = worker.step(rows, worker.context.saturating_sub(tokens));
-    let (mut few, mut many) = (1, chunk.0.div_ceil(size).max(1));
-    while few < many {
-        let middle = (few + many).div_ceil(2);
-        if of(middle * size) <= step { few = middle } else { many = middle - 1 }
-    }
-    Tokens(few * size).min(chunk)
 }

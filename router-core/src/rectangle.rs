@@ -6,16 +6,13 @@
 use hashbrown::HashMap;
 
 use crate::batch::Batcher;
+use crate::constants::WINDOW;
 use crate::ids::RowId;
 use crate::memory::{Ceiling, Extent};
 use crate::plan::{MOST_TOLD, Packed};
 use crate::row::{Row, Stage};
 use crate::units::Tokens;
 use crate::worker::Worker;
-
-/// Rows that are looked at, as a multiple of those a batch may have: enough to find rows of like length, and a plan's
-/// price does not grow with the queue.
-const WINDOW: usize = 4;
 
 /// Who runs next. `cuts`: the running batch may end before its last step.
 pub(crate) fn pack(worker: &Worker, rows: &HashMap<RowId, Row>, steps: u32, cuts: bool) -> Packed {

@@ -108,8 +108,9 @@ impl Row {
         self.home().is_some_and(|home| matches!(home.stage, Stage::Running { .. }))
     }
 
-    pub(crate) fn is_at(&self, worker: WorkerId) -> bool {
-        self.home().is_some_and(|home| home.worker == worker)
+    /// This is its dispatch to that worker.
+    pub(crate) fn is_at(&self, key: RowKey, worker: WorkerId) -> bool {
+        self.attempt == key.attempt && self.home().is_some_and(|home| home.worker == worker)
     }
 
     /// Under pressure the youngest row's KV goes first.

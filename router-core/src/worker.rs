@@ -71,6 +71,8 @@ pub(crate) struct Running {
     pub(crate) batch: Batch,
     /// Members that have not ended.
     pub(crate) live: usize,
+    /// It stood when the batch before it ended: what it waited for was its own start.
+    pub(crate) follows: bool,
     pub(crate) forecast: Forecast,
     pub(crate) record: BatchRecord,
     /// Iterations it will have run when it ends, as far as is known: fewer than its steps once it was cut.
@@ -183,6 +185,34 @@ impl Worker {
         self.estimator.time(model.slice(&load, 2) - model.slice(&load, 1))
     }
 
+    /// Most prefill tokens an iteration takes of a row beside so many that decode and see so many tokens. A prompt that one
+    /// chunk computes goes in one piece. A longer one takes as long as the step it rides in, so that the others' time between
+    /// tokens at most doubles; zero stands for no limit but the chunk.
+    pub(crate) fn pace(&self, rows: u64, context: Tokens, tokens: Tokens, prefill: Tokens) -> Tokens {
+        let chunk = self.spec.chunk;
+        if prefill <= chunk || chunk == Tokens::ZERO {
+            return Tokens::ZERO;
+        }
+        let size = self.spec.model.block_size.get();
+        // the last chunk attends most
+        let of = |count: u64| self.estimator.time(self.estimator.model().prefill(Tokens(count), tokens));
+        let step = self.step(rows.max(1), context);
+        let (mut few, mut many) = (1, chunk.0.div_ceil(size).max(1));
+        while few < many {
+            let middle = (few + many).div_ceil(2);
+            if of(middle.saturating_mul(size)) <= step { few = middle } else { many = middle - 1 }
+        }
+        Tokens(few.saturating_mul(size)).min(chunk)
+    }
+
+    /// Whether it would run one row more, of so many tokens, in the next batch of so many steps; estimated, a block a row at
+    /// most too strict.
+    pub(crate) fn has_room(&self, tokens: Tokens, steps: u32) -> bool {
+        let (size, rows) = (self.spec.model.block_size, self.batch_size() + 1);
+        let grown = self.context + tokens + Tokens(rows.saturating_mul(u64::from(steps)));
+        rows <= u64::from(self.spec.max_rows) && grown.blocks(size) + Blocks(rows) <= self.spec.blocks
+    }
+
     /// How long an answer takes from now: alone and at once with one token, and behind all that is here with all of
     /// `left`.
     pub(crate) fn eta(&self, now: Micros, tokens: Tokens, new: Tokens, left: Tokens) -> Band {
@@ -192,7 +222,11 @@ impl Worker {
         let mean = Tokens(tokens.0 + left.0 / 2);
         let step = self.step(rows.max(1), self.context + mean);
         let prefill = self.estimator.time(model.prefill(self.queued, Tokens::ZERO));
-        let hi = lo + self.work(now) + prefill + Micros(step.0.saturating_mul(left.0));
+        // those of its prompt, in which others decode
+        let pace = if rows == 0 { Tokens::ZERO } else { self.pace(rows, self.context, tokens, new) };
+        let each = if pace == Tokens::ZERO { self.spec.chunk } else { pace };
+        let iterations = left + Tokens(new.0.div_ceil(each.0.max(1)));
+        let hi = lo + self.work(now) + prefill + Micros(step.0.saturating_mul(iterations.0));
         Band { lo: lo.min(hi), hi }
     }
 
@@ -242,11 +276,14 @@ impl Worker {
 
     // ---------------------------------------------------------------- plans
 
-    /// The batch that a refused plan would have formed, and with it the plans that can start no more.
+    /// The batch that a refused plan would have formed, last, and before it those of the plans that can start no more.
     pub(crate) fn take_refused(&mut self, plan: PlanNo, reason: Refusal) -> Vec<Batch> {
         if self.runs(plan) {
-            self.sent.retain(|batch| batch.base != plan);
-            return self.running.take().into_iter().map(|running| running.batch).collect();
+            let sent = std::mem::take(&mut self.sent).into_iter();
+            let (mut gone, left): (Vec<Batch>, _) = sent.partition(|batch| batch.base == plan);
+            self.sent = left;
+            gone.extend(self.running.take().map(|running| running.batch));
+            return gone;
         }
         let Some(at) = self.sent.iter().position(|batch| batch.no == plan) else { return Vec::new() };
         match reason {

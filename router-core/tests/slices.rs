@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use common::{Pool, W, has, key, plans, pool, pool_of, spec};
 use router_core::{
-    Action, BatchEnd, BlockHash, Blocks, CostModel, Event, FinishReason, Micros, NewRequest, PagedPrefill, PagedStep,
-    Plan, PlanNo, RequestId, RowReport, RowTokens, SliceReport, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    Action, BatchEnd, BlockHash, Blocks, CostModel, Event, FinishReason, Keep, Micros, NewRequest, PagedPrefill,
+    PagedStep, Plan, PlanNo, Refusal, RequestId, RowReport, RowTokens, SliceReport, Tokens, WorkerId, WorkerMessage,
+    WorkerSpec,
 };
 
 fn cost() -> CostModel {
@@ -53,6 +54,11 @@ fn ends(pool: &mut Pool, batch: u64, next: Option<u64>, steps: u32, exposed: u64
         invalid: Tokens(0),
         rows: rows.iter().map(row).collect(),
     }))
+}
+
+/// W of the first worker.
+fn work(pool: &Pool) -> Micros {
+    pool.scheduler.loads()[0].work
 }
 
 fn newest(actions: &[Action]) -> &Plan {
@@ -105,6 +111,31 @@ fn rows_in_sight_are_waited_for_and_no_longer_than_a_start_costs() {
     asks(&mut pool, arrival(2, 20, 900));
     pool.now.0 += 20_001;
     assert!(cut(&pool.event(Event::Tick)), "what it lost is what a start costs");
+}
+
+#[test]
+fn a_lull_is_no_price_of_a_slice_start() {
+    let mut pool = pool_of(Some(1000), WorkerSpec { cost: Some(cost()), blocks: Blocks(1000), ..spec() });
+    // rows come every millisecond, and then for ten seconds none
+    for id in 1..=100 {
+        pool.now.0 += 1_000;
+        asks(&mut pool, arrival(id, 20, 900));
+        if id > 1 {
+            pool.event(Event::Cancelled { request: RequestId(id), choice: None });
+        }
+    }
+    draws(&mut pool, 1, 1, 0, 1, Some(FinishReason::Stop));
+    ends(&mut pool, 1, None, 1, 0, &[]);
+    // of the plans that were on their way the first began, for nobody
+    let running = pool.scheduler.batches().last().expect("it runs").batch.0;
+    ends(&mut pool, running, None, 0, 0, &[]);
+    pool.now.0 += 10_000_000;
+    let arrivals = (201..=203).map(|id| Event::RequestArrived(arrival(id, 20, 900)));
+    pool.scheduler.handle_many(pool.now, arrivals, &mut pool.actions);
+    let actions = std::mem::take(&mut pool.actions);
+    let sent: Vec<u64> = plans(&actions).iter().map(|plan| plan.no.0).collect();
+    ends(&mut pool, sent[0], Some(sent[1]), 8, 10_000_000, &[201, 202, 203]);
+    assert!(cut(&asks(&mut pool, arrival(204, 20, 900))), "a start has cost nothing yet");
 }
 
 #[test]
@@ -190,12 +221,12 @@ fn what_was_foreseen_is_recorded_beside_what_happened() {
 fn w_is_what_is_planned_and_shrinks_with_time() {
     let mut pool = pool_of(Some(8), WorkerSpec { cost: Some(cost()), ..spec() });
     pool.arrive(1);
-    // two slices of 8 steps of 5 ms, and 20 tokens of prefill in the first
-    let w = pool.scheduler.loads()[0].work.0;
-    assert!((70_000..100_000).contains(&w), "{w}");
+    // a slice of 8 steps of 5 ms, the 2 that are left for the next one, and 20 tokens of prefill
+    let w = work(&pool).0;
+    assert!((45_000..60_000).contains(&w), "{w}");
     pool.now.0 += 30_000;
     pool.says(WorkerMessage::Heartbeat);
-    let later = pool.scheduler.loads()[0].work.0;
+    let later = work(&pool).0;
     assert!((29_000..31_000).contains(&(w - later)), "{w} {later}");
 }
 
@@ -268,6 +299,107 @@ fn rows_that_wait_go_to_a_worker_that_would_be_done_sooner() {
     let loads = pool.scheduler.loads();
     assert!(pool.scheduler.moves().balanced > 0 && loads[1].batch_size > 0, "{:?}", pool.scheduler.moves());
     assert_eq!(loads[0].batch_size + loads[1].batch_size, 8);
+}
+
+#[test]
+fn no_row_that_runs_moves_to_where_it_would_wait() {
+    let spec = WorkerSpec { cost: Some(cost()), blocks: Blocks(1000), ..spec() };
+    let mut pool = pool_of(Some(8), spec.clone());
+    for id in 1..=8 {
+        asks(&mut pool, arrival(id, 20, 400));
+    }
+    ends(&mut pool, 1, Some(9), 8, 0, &[1]);
+    second(&mut pool, WorkerSpec { max_rows: 1, ..spec });
+    asks(&mut pool, arrival(20, 20, 400));
+    assert_eq!(pool.scheduler.loads()[1].batch_size, 1);
+    draws(&mut pool, 9, 1, 0, 300, Some(FinishReason::Stop));
+    (2..=8).for_each(|row| draws(&mut pool, 9, row, 0, 8, None));
+    let all: Vec<u64> = (2..=8).collect();
+    ends(&mut pool, 9, Some(10), 8, 0, &all);
+    assert_eq!(pool.scheduler.moves().weighed, 0, "its one place is taken");
+}
+
+#[test]
+fn a_row_without_a_place_for_its_kv_goes_where_there_is_one() {
+    let spec = WorkerSpec { max_context: Tokens(2000), cost: Some(cost()), ..spec() };
+    let mut pool = pool_of(Some(64), spec.clone());
+    let arrivals = (1..=2).map(|id| Event::RequestArrived(arrival(id, 400, 600)));
+    pool.scheduler.handle_many(pool.now, arrivals, &mut pool.actions);
+    let first = std::mem::take(&mut pool.actions);
+    // 33 blocks each, of 64: only one of them goes on
+    (1..=2).for_each(|row| draws(&mut pool, 1, row, 0, 120, None));
+    let standing = newest(&first).no.0;
+    ends(&mut pool, 1, Some(standing), 64, 0, &[1, 2]);
+    let actions = pool.refuses(PlanNo(standing), Refusal::NoMemory, vec![]);
+    let alone = plans(&actions)[0];
+    assert_eq!(alone.keep, Keep::List(vec![key(1, 0)]));
+    second(&mut pool, spec);
+    let next = newest(&actions).no.0;
+    let actions = ends(&mut pool, alone.no.0, Some(next), 64, 0, &[1]);
+    assert!(has(&actions, |a| matches!(a, Action::Drop(W, rows) if rows == &[key(2, 0)])), "{actions:?}");
+    let loads = pool.scheduler.loads();
+    assert_eq!((loads[0].batch_size, loads[1].batch_size, pool.scheduler.moves().evicted), (1, 1, 1));
+}
+
+#[test]
+fn a_row_that_moved_does_not_end_by_what_its_last_worker_refuses() {
+    let mut pool = pool();
+    pool.arrive(1);
+    pool.event(Event::Cancelled { request: RequestId(1), choice: None });
+    let alone = newest(&pool.arrive(2)).no;
+    second(&mut pool, spec());
+    pool.event(Event::WorkerDraining { worker: W });
+    assert_eq!(pool.scheduler.loads()[1].batch_size, 1, "it has moved");
+    let actions = pool.refuses(alone, Refusal::NoMemory, vec![]);
+    assert!(!has(&actions, |a| matches!(a, Action::Finish(..))), "{actions:?}");
+}
+
+#[test]
+fn rows_of_plans_that_fall_with_their_base_are_counted_again() {
+    let mut pool = pool_of(Some(8), WorkerSpec { cost: Some(cost()), ..spec() });
+    let arrivals = (1..=2).map(|id| Event::RequestArrived(arrival(id, 20, 100)));
+    pool.scheduler.handle_many(pool.now, arrivals, &mut pool.actions);
+    pool.actions.clear();
+    asks(&mut pool, arrival(3, 20, 100));
+    // batches of one row: rows 2 and 3 wait
+    pool.refuses(PlanNo(1), Refusal::NoMemory, vec![]);
+    let both = work(&pool);
+    pool.event(Event::Cancelled { request: RequestId(3), choice: None });
+    assert!(work(&pool) < both, "row 3 is a part of W");
+}
+
+#[test]
+fn a_row_is_counted_once_whatever_becomes_of_an_older_plan_with_it() {
+    let mut pool = pool_of(Some(8), WorkerSpec { cost: Some(cost()), ..spec() });
+    pool.arrive(1);
+    draws(&mut pool, 1, 1, 0, 10, None);
+    pool.reports(PlanNo(1), Some(PlanNo(2)), &[]);
+    pool.arrive(2); // plan 3 on 2
+    pool.arrive(3); // plan 4 on 2, with row 3
+    pool.reports(PlanNo(2), None, &[]); // plan 3 starts when it comes, and row 3 is planned to follow it
+    let before = work(&pool);
+    pool.refuses(PlanNo(4), Refusal::Stale, vec![]);
+    assert_eq!(work(&pool), before);
+}
+
+#[test]
+fn w_is_no_longer_than_the_limits_of_the_rows_whatever_s_is() {
+    let mut pool = pool_of(Some(u32::MAX), WorkerSpec { cost: Some(cost()), ..spec() });
+    pool.arrive(1);
+    // 20 tokens of prefill and 10 steps of 5 ms, in the running batch and once more in the one that stands
+    assert!(work(&pool) < Micros(200_000), "{}", work(&pool));
+}
+
+#[test]
+fn an_eta_knows_the_pace_of_a_long_prompt() {
+    let long = WorkerSpec { blocks: Blocks(4096), max_context: Tokens(40_000), cost: Some(cost()), ..spec() };
+    let mut pool = pool_of(Some(32), long);
+    (1..=4).for_each(|id| drop(asks(&mut pool, arrival(id, 20, 900))));
+    let actions = asks(&mut pool, arrival(5, 32_000, 10));
+    let eta = actions.iter().find_map(|a| if let Action::Placed(_, _, eta) = a { Some(*eta) } else { None });
+    // 400 iterations of 80 tokens, 8 ms each, beside four rows of 8 ms
+    let hi = eta.expect("placed").hi;
+    assert!(hi > Micros(6_400_000), "{hi}");
 }
 
 #[test]

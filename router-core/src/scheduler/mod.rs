@@ -17,6 +17,7 @@ use hashbrown::HashMap;
 use smallvec::SmallVec;
 
 use crate::block::{BlockHash, hash_blocks};
+use crate::constants::BALANCED_WORKERS;
 use crate::cost::Estimator;
 use crate::decision::{Decision, Decisions};
 use crate::event::{Action, Event};
@@ -55,7 +56,7 @@ pub struct Config {
 pub struct Moves {
     /// Their worker drains.
     pub drained: u64,
-    /// They had lost their KV for want of memory.
+    /// There was no place for their KV any more.
     pub evicted: u64,
     /// The request-seconds of both ends said so.
     pub weighed: u64,
@@ -100,8 +101,8 @@ pub struct Scheduler {
     moves: Moves,
     /// Workers of which something changed: their plans and cuts are looked at.
     touched: Vec<WorkerId>,
-    /// A slice ended: a worker may take what waits elsewhere.
-    slice_ended: bool,
+    /// Slices that ended since it was last asked whether a worker may take what waits elsewhere.
+    slices_ended: usize,
     rounds: pooled::Rounds,
     depths: Vec<usize>,
     scores: Vec<u128>,
@@ -129,7 +130,7 @@ impl Scheduler {
             mean_output: MeanOutput::default(),
             moves: Moves::default(),
             touched: Vec::new(),
-            slice_ended: false,
+            slices_ended: 0,
             rounds: pooled::Rounds::default(),
             depths: Vec::new(),
             scores: Vec::new(),
@@ -152,7 +153,8 @@ impl Scheduler {
         }
         self.place(now, actions);
         let mut changed = self.plan_touched(now, actions);
-        if std::mem::take(&mut self.slice_ended) {
+        if self.slices_ended > 0 && self.slices_ended.saturating_mul(BALANCED_WORKERS) >= self.workers.len() {
+            self.slices_ended = 0;
             self.balance(now, actions);
             changed.extend(self.plan_touched(now, actions));
         }
@@ -218,7 +220,7 @@ impl Scheduler {
             return self.sent(id, batch);
         }
         // nothing runs: it starts on arrival
-        self.started(now, id, batch, None, actions);
+        self.started(now, id, batch, false, actions);
         // and the plan after it stands from the start, so that the worker never waits for a report
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.dirty = false;

@@ -4,15 +4,13 @@
 
 use super::Scheduler;
 use crate::block::new_tokens;
+use crate::constants::MOST_BALANCED;
 use crate::event::Action;
 use crate::ids::{RowId, WorkerId};
 use crate::index::PrefixIndex;
 use crate::mode::Mode;
 use crate::row::{Place, Stage};
 use crate::units::{Micros, Tokens};
-
-/// Moves of waiting rows in one round: each changes what the next one sees.
-const MOST_BALANCED: usize = 8;
 
 impl Scheduler {
     /// Moves a row to a worker that was chosen for it.
@@ -46,6 +44,7 @@ impl Scheduler {
         if rows.is_empty() {
             return;
         }
+        let slice_len = self.slice_len();
         let least = self.workers.iter().filter(|(other, w)| **other != at && w.ready());
         let Some(to) = least.min_by_key(|(_, w)| w.batch_size()).map(|(&to, _)| to) else { return };
         for &id in rows {
@@ -54,7 +53,8 @@ impl Scheduler {
             let (tokens, total) = (row.tokens(), row.total());
             let (Some(home), Some(there)) = (self.workers.get(&at), self.workers.get(&to)) else { return };
             let (ours, theirs) = (home.batch_size(), there.batch_size());
-            if theirs + 1 >= ours || total > there.spec.most_tokens() {
+            // where it would have to wait for a place nothing is gained
+            if theirs + 1 >= ours || total > there.spec.most_tokens() || !there.has_room(tokens, slice_len) {
                 continue;
             }
             // answers end at a steady rate: what is left is what a whole one has
@@ -74,8 +74,9 @@ impl Scheduler {
         }
     }
 
-    /// Rows that have not started move from the worker with the most work to the one with the least, as long as both
-    /// ends are done sooner than the former would have been, lost hits included.
+    /// Rows in no plan move from the worker with the most work to the one with the least, as long as both ends are done
+    /// sooner than the former would have been, lost hits included: rows that have not started, and rows for whose KV there is
+    /// no place any more. These only move to where there is one.
     pub(super) fn balance(&mut self, now: Micros, actions: &mut Vec<Action>) {
         if self.config.mode != Mode::Slice || self.workers.len() < 2 {
             return;
@@ -93,15 +94,15 @@ impl Scheduler {
             // the youngest would wait longest
             let waits = |id: &&RowId| {
                 let home = self.rows.get(*id).and_then(|row| row.home());
-                home.is_some_and(|home| !home.known && home.stage == Stage::Waiting)
+                home.is_some_and(|home| home.stage == Stage::Waiting)
             };
             let Some(id) = most.rows.values().rev().find(waits).copied() else { return };
             let Some(row) = self.rows.get(&id) else { return };
             let slice_len = self.slice_len();
             let (tokens, total, steps) = (row.tokens(), row.total(), row.slice(slice_len));
             let Place::At(home) = &row.place else { return };
-            let here = home.work;
-            if total > least.spec.most_tokens() {
+            let (here, started) = (home.work, home.known);
+            if total > least.spec.most_tokens() || (started && !least.has_room(tokens, slice_len)) {
                 return;
             }
             let new = self.uncached(id, to);
@@ -111,7 +112,8 @@ impl Scheduler {
             if here == Micros::ZERO || least_work + there >= most_work {
                 return;
             }
-            self.moves.balanced += 1;
+            let count = if started { &mut self.moves.evicted } else { &mut self.moves.balanced };
+            *count += 1;
             self.move_to(now, id, to, new, actions);
         }
     }

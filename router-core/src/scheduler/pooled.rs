@@ -269,7 +269,7 @@ impl Scheduler {
                 self.sent(id, batch);
             } else {
                 // nothing runs: it starts on arrival
-                self.started(now, id, batch, None, actions);
+                self.started(now, id, batch, false, actions);
             }
         }
     }
@@ -282,7 +282,7 @@ impl Scheduler {
         }
         let most = worker.cap.unwrap_or(usize::MAX).clamp(1, (worker.spec.max_rows as usize).max(1));
         while let Some(mut formed) = worker.queue.formed.pop_front() {
-            let here = |row: &&Row, key: &RowKey| row.attempt == key.attempt && row.is_at(id);
+            let here = |row: &&Row, key: &RowKey| row.is_at(*key, id);
             let rows = formed.rows.iter().filter_map(|key| self.rows.get(&key.row).filter(|row| here(row, key)));
             let mut rows: Vec<&Row> = rows.collect();
             // what a message or a worker that refused more does not take runs next
@@ -325,7 +325,7 @@ impl Scheduler {
         let (_, formed) = worker.queue.sent.remove(at);
         worker.queue.load = worker.queue.load.saturating_sub(formed.time);
         for key in formed.rows {
-            if self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)) {
+            if self.rows.get(&key.row).is_some_and(|row| row.is_at(key, id)) {
                 self.drop_at_worker(key.row, actions);
                 self.send_back(key.row);
             }

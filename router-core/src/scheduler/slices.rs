@@ -12,14 +12,14 @@ use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Running};
 
 impl Scheduler {
-    /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped. `exposed` is how long the
-    /// worker had nothing to run before it, where it followed a batch.
+    /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped. It `follows` if it stood when
+    /// the batch before it ended.
     pub(super) fn started(
         &mut self,
         now: Micros,
         id: WorkerId,
         batch: Batch,
-        exposed: Option<Micros>,
+        follows: bool,
         actions: &mut Vec<Action>,
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
@@ -27,7 +27,7 @@ impl Scheduler {
         let mut stage = Vec::new();
         for key in &batch.members {
             match self.rows.get_mut(&key.row) {
-                Some(row) if row.attempt == key.attempt && row.is_at(id) => {
+                Some(row) if row.is_at(*key, id) => {
                     row.slices += 1;
                     let (tokens, left) = (row.tokens(), row.total().saturating_sub(row.tokens()));
                     let Some(home) = row.home_mut() else { continue };
@@ -55,10 +55,10 @@ impl Scheduler {
             ceiling: batch.ceiling,
             outcome: None,
         };
-        worker.joins.begin(now, exposed);
+        worker.joins.begin(now);
         let ends_after = batch.steps;
         let batch = Batch { members, ..batch };
-        worker.running = Some(Running { batch, live: 0, forecast, record, ends_after, seen: 0, cut: false });
+        worker.running = Some(Running { batch, live: 0, follows, forecast, record, ends_after, seen: 0, cut: false });
         worker.dirty = true;
         for (key, from) in stage {
             if let Some(home) = here(&mut self.rows, key, id) {
@@ -88,6 +88,10 @@ impl Scheduler {
         }
         let time = report.prefill + report.decode;
         if report.steps > 0 {
+            // before a batch that began on arrival there was nothing to run: that is no price of a start
+            if running.follows {
+                worker.joins.exposed(report.idle);
+            }
             let band = worker.estimator.band(&running.forecast, report.steps);
             if report.end != BatchEnd::Error {
                 worker.estimator.observe(&running.forecast, report.steps, time);
@@ -118,8 +122,8 @@ impl Scheduler {
         // a worker that pads prefills the whole rectangle again
         let more = worker.restart_cost(live);
         let verdict = worker.joins.verdict(now, n, live, more);
-        // its last step ends it anyway
-        if n == 0 || seen + 1 >= steps {
+        // its last step, or the end of its last row, ends it anyway
+        if n == 0 || live == 0 || seen + 1 >= steps {
             return;
         }
         match verdict {

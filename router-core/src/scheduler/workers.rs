@@ -119,7 +119,7 @@ impl Scheduler {
     pub(super) fn drew(&mut self, at: WorkerId, drawn: RowTokens, actions: &mut Vec<Action>) {
         let id = drawn.key.row;
         let Some(row) = self.rows.get_mut(&id) else { return };
-        if row.attempt != drawn.key.attempt || !row.is_at(at) {
+        if !row.is_at(drawn.key, at) {
             return;
         }
         let have = row.output.len();
@@ -168,11 +168,8 @@ impl Scheduler {
             return;
         };
         let idled = report.rows.iter().all(|row| row.computed == Tokens::ZERO);
-        let waiting = running
-            .batch
-            .members
-            .iter()
-            .any(|key| self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)));
+        let waiting =
+            running.batch.members.iter().any(|key| self.rows.get(&key.row).is_some_and(|row| row.is_at(*key, id)));
         worker.fruitless = if idled && waiting { worker.fruitless + 1 } else { 0 };
         if worker.fruitless > MOST_FRUITLESS {
             actions.push(Action::Quarantine(id, format!("{MOST_FRUITLESS} batches ran without computing anything")));
@@ -185,7 +182,7 @@ impl Scheduler {
             self.index.take_back(id, &chain);
         }
         self.ended(id, running, report);
-        self.slice_ended = true;
+        self.slices_ended += 1;
         let mut goes_on = Vec::new();
         for row in &report.rows {
             goes_on.extend(self.row_reported(id, row, actions));
@@ -207,7 +204,7 @@ impl Scheduler {
             return;
         }
         if let Some(batch) = starts {
-            self.started(now, id, batch, Some(report.idle), actions);
+            self.started(now, id, batch, report.next.is_some(), actions);
         }
     }
 
@@ -221,7 +218,7 @@ impl Scheduler {
     ) -> Option<RowId> {
         let slice_len = self.slice_len();
         let row = self.rows.get_mut(&report.key.row)?;
-        if row.attempt != report.key.attempt || !row.is_at(at) {
+        if !row.is_at(report.key, at) {
             return None;
         }
         match report.finish {
@@ -287,9 +284,14 @@ impl Scheduler {
         }
         let mut refused = worker.take_refused(plan, reason);
         for key in refused.iter().flat_map(|batch| &batch.members) {
-            if let Some(home) = here(&mut self.rows, *key, id)
-                && (ran || home.stage == Stage::Planned)
-            {
+            let Some(home) = here(&mut self.rows, *key, id) else { continue };
+            let waits = match home.stage {
+                Stage::Waiting => false,
+                // a newer plan may have it still
+                Stage::Planned => !worker.sent.last().is_some_and(|standing| standing.joining.contains(key)),
+                Stage::Running { .. } => ran,
+            };
+            if waits {
                 worker.restage(home, Stage::Waiting);
             }
         }
@@ -330,7 +332,7 @@ impl Scheduler {
             && let Some(at) = worker.sent.iter().position(|batch| batch.base == worker.last_ended)
         {
             let next = worker.sent.remove(at);
-            self.started(self.now, id, next, None, actions);
+            self.started(self.now, id, next, false, actions);
         }
     }
 
@@ -353,7 +355,7 @@ impl Scheduler {
                     actions.push(Action::Quarantine(id, format!("it refused plan {}: {detail}", batch.no)));
                 }
                 for key in named {
-                    if self.rows.get(&key.row).is_some_and(|row| row.attempt == key.attempt && row.is_at(id)) {
+                    if self.rows.get(&key.row).is_some_and(|row| row.is_at(*key, id)) {
                         self.drop_at_worker(key.row, actions);
                         let why = format!("the worker refused it: {detail}");
                         self.finish(key.row, FinishReason::Error, Some(why), actions);
@@ -368,9 +370,12 @@ impl Scheduler {
             }
             Refusal::NoMemory | Refusal::TooManyRows => {
                 for key in &batch.members {
-                    self.drop_at_worker(key.row, actions);
-                    let why = format!("the worker refused it alone: {detail}");
-                    self.finish(key.row, FinishReason::Error, Some(why), actions);
+                    // it may have moved meanwhile: another worker may take it
+                    if self.rows.get(&key.row).is_some_and(|row| row.is_at(*key, id)) {
+                        self.drop_at_worker(key.row, actions);
+                        let why = format!("the worker refused it alone: {detail}");
+                        self.finish(key.row, FinishReason::Error, Some(why), actions);
+                    }
                 }
             }
         }
