@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import grpc
 import pytest
-import scls_router
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scls_router.proto import common_pb2 as common
 from scls_router.proto import worker_pb2 as pb
@@ -130,7 +129,6 @@ def test_what_a_mock_announces() -> None:
     assert not infos[2].HasField("cost_model")
 
 
-@pytest.mark.skipif(not hasattr(scls_router, "CostModel"), reason="scls_router without CostModel")
 @pytest.mark.parametrize("layout", ["paged", "padded"])
 def test_a_calibration_is_written_and_announced(tmp_path: Path, layout: str) -> None:
     path, arguments = tmp_path / "cost.json", ("--mock", "--step-us", "1000", "--layout", layout)
@@ -148,7 +146,7 @@ def test_a_calibration_is_written_and_announced(tmp_path: Path, layout: str) -> 
     assert model.WhichOneof("form") == layout and model.mean_error == pytest.approx(fit["mean_error"])
     # The file says what was measured, not what the mock means to do.
     step = model.paged.step_constant_s if layout == "paged" else model.padded.step.constant_s
-    assert step == pytest.approx(fit["model"]["step"]["constant"]) and step > 1e-3
+    assert step == pytest.approx(fit["model"]["step"]["constant"]) and step != 1e-3
     # Another vocabulary is another model.
     assert "model_digest" in fails("--mock", "--vocab", "500", "--layout", layout, "--cost-model", str(path))
 
