@@ -219,6 +219,26 @@ def test_a_worker_that_cannot_be_measured_announces_nothing(caplog: pytest.LogCa
 
 
 @pytest.mark.usefixtures("unhurried")
+def test_a_fit_that_misses_is_looked_at_again_and_never_announced(caplog: pytest.LogCaptureFixture) -> None:
+    class Busy(FakeModels):
+        """What a machine with other work gives at each look."""
+
+        def __init__(self, *errors: float) -> None:
+            super().__init__()
+            self.errors = list(errors)
+
+        def fit(self, samples: list[cost.Sample], layout: str) -> FakeModel:
+            return FakeModel({**super().fit(samples, layout).form, "p99_error": self.errors.pop(0)})
+
+    for errors, found in (([0.4, 9.0], 0.4), ([0.8, 3.0, 0.2, 9.0], 0.2), ([0.8, 0.9, 0.6, 0.1], None)):
+        info, busy = make_info(blocks=2000, max_context=2000), Busy(*errors)
+        calibrate.at_start(MockRunner(1000), info, lambda busy=busy: busy)  # type: ignore[misc]
+        assert len(busy.errors) == 1 and info.HasField("cost_model") == (found is not None)
+        assert found is None or info.cost_model.p99_error == found
+    assert "not calibrated" in caplog.text and "misses by 60%" in caplog.text
+
+
+@pytest.mark.usefixtures("unhurried")
 def test_the_command_writes_what_a_worker_reads(tmp_path: Path) -> None:
     info = make_info(blocks=2000, max_context=2000)
     path = tmp_path / "cost.json"
