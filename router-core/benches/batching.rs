@@ -1,9 +1,7 @@
 //! What batching and offloading cost, beside what they cannot be cheaper than in the same run: the rows sorted by length.
 
 use divan::{Bencher, black_box};
-use router_core::{
-    Batcher, BlockSize, Blocks, CostModel, Extent, Layout, Micros, Movable, Offloader, PaddedCost, Tokens, rebalance,
-};
+use router_core::{Batcher, BlockSize, Blocks, CostModel, Extent, Layout, Micros, Offloader, PaddedCost, Tokens};
 
 const ROWS: [usize; 3] = [100, 1_000, 10_000];
 
@@ -68,19 +66,4 @@ fn limit_one_sort(bencher: Bencher, rows: usize) {
 fn offload_to_64_workers(bencher: Bencher, batches: usize) {
     let times: Vec<Micros> = lengths(batches).iter().map(|length| Micros(length.0 * 100)).collect();
     bencher.bench(|| Offloader::new(vec![Micros::ZERO; 64]).assign(black_box(&times)));
-}
-
-#[divan::bench]
-fn rebalance_64_workers_of_8_items_each(bencher: Bencher) {
-    let mut loads = vec![Micros::ZERO; 64];
-    let items: Vec<Movable> = lengths(512)
-        .iter()
-        .enumerate()
-        .map(|(at, length)| {
-            let (worker, time) = (at % 64, Micros(length.0 * 100));
-            loads[worker] += time;
-            Movable { worker, times: (0..64).map(|w| if w == worker { time } else { time + Micros(500) }).collect() }
-        })
-        .collect();
-    bencher.bench(|| rebalance(&mut loads.clone(), black_box(&items), Micros(1_000)));
 }

@@ -42,7 +42,7 @@ pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
 pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
-pub use offload::{Movable, Move, Offloader, rebalance};
+pub use offload::Offloader;
 pub use policy::{
     Candidate, LeastRequests, Policy, PolicyName, Product, ProductTime, Random, RoundRobin, UnknownPolicy, View,
     choose, least,

@@ -1,5 +1,5 @@
 //! Which worker a batch goes to: max-min of SCLS (arXiv 2406.13511), the longest batch first, each to the worker that has
-//! least to do; and the moves that pay where loads have drifted apart.
+//! least to do.
 //!
 //! From equal loads the last worker is done within `4/3 - 1/(3m)` of the best that is possible on `m` workers, and from any
 //! loads within `2 - 1/m` (Graham 1969).
@@ -90,58 +90,6 @@ impl Offloader {
     }
 }
 
-/// Work that has not started and may go elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Movable {
-    /// Where it is.
-    pub worker: usize,
-    /// Its time on every worker: where it is, what was added there; elsewhere with the price of the hits it loses.
-    pub times: Vec<Micros>,
-}
-
-/// Work that goes elsewhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Move {
-    /// Its place in what was given.
-    pub item: usize,
-    /// From this worker.
-    pub from: usize,
-    /// To this one.
-    pub to: usize,
-    /// Time it takes there beyond what it took here.
-    pub price: Micros,
-}
-
-/// Moves work from the most to the least loaded worker while they are more than `theta` apart (the time of a slice: less
-/// is noise) and both are below the former maximum afterwards. Of several the move that leaves the lower maximum, then
-/// the cheaper. An item moves once: its times are as seen from where it was. `loads` are those after the moves.
-pub fn rebalance(loads: &mut [Micros], items: &[Movable], theta: Micros) -> Vec<Move> {
-    let mut moves: Vec<Move> = Vec::new();
-    let mut gone = vec![false; items.len()];
-    loop {
-        let most = (0..loads.len()).min_by_key(|&at| (Reverse(loads[at]), at));
-        let least = (0..loads.len()).min_by_key(|&at| (loads[at], at));
-        let (Some(from), Some(to)) = (most, least) else { return moves };
-        if loads[from].saturating_sub(loads[to]) <= theta {
-            return moves;
-        }
-        let ends = |item: &Movable| {
-            let (here, there) = (*item.times.get(from)?, *item.times.get(to)?);
-            // what a worker has not is not taken from it
-            let ends = (loads[from].checked_sub(here)?, loads[to] + there);
-            (ends.0.max(ends.1) < loads[from]).then_some((ends, there.saturating_sub(here)))
-        };
-        let best = (0..items.len())
-            .filter(|&at| !gone[at] && items[at].worker == from)
-            .filter_map(|at| ends(&items[at]).map(|(ends, price)| (ends.0.max(ends.1), price, at, ends)))
-            .min();
-        let Some((_, price, item, ends)) = best else { return moves };
-        (loads[from], loads[to]) = ends;
-        gone[item] = true;
-        moves.push(Move { item, from, to, price });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -184,25 +132,6 @@ mod tests {
         assert_eq!(Offloader::default().at_turn(3).assign(&zero), Vec::<usize>::new());
     }
 
-    #[test]
-    fn what_would_gain_nothing_stays() {
-        let item = |worker, times: [u64; 2]| Movable { worker, times: times.map(Micros).to_vec() };
-        let moved = |loads: [u64; 2], items: &[Movable], theta| {
-            let mut loads = loads.map(Micros);
-            let moves = rebalance(&mut loads, items, Micros(theta));
-            (moves.iter().map(|m| (m.item, m.price.0)).collect::<Vec<_>>(), loads.map(|load| load.0))
-        };
-        // 10 and 0: an item of 4 goes for 5 there
-        assert_eq!(moved([10, 0], &[item(0, [4, 5])], 2), (vec![(0, 1)], [6, 5]));
-        // not for 10, not within theta, and not from where it is not
-        assert_eq!(moved([10, 0], &[item(0, [4, 10])], 2).0, []);
-        assert_eq!(moved([10, 0], &[item(0, [4, 5])], 10).0, []);
-        assert_eq!(moved([10, 0], &[item(1, [4, 5])], 2).0, []);
-        // of two the one that leaves them more even
-        assert_eq!(moved([10, 0], &[item(0, [1, 1]), item(0, [5, 5])], 2), (vec![(1, 0)], [5, 5]));
-        assert_eq!(moved([10, 0], &[Movable { worker: 0, times: vec![] }], 2).0, []);
-    }
-
     proptest! {
         #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
         #[test]
@@ -231,36 +160,6 @@ mod tests {
             }
             offloader.done(workers, Micros(1));
             prop_assert_eq!(offloader.loads(), vec![Micros::ZERO; workers]);
-        }
-
-        /// The maximum never grows, every move is of an item once from where it is, and loads are what was there, less
-        /// what left, plus what came at its price.
-        #[test]
-        fn moves_never_raise_the_maximum(
-            items in proptest::collection::vec((0usize..5, 0u64..100, 0u64..30), 0..30),
-            base in proptest::collection::vec(0u64..100, 5), theta in 0u64..50,
-        ) {
-            let mut loads: Vec<Micros> = base.into_iter().map(Micros).collect();
-            let items: Vec<Movable> = items.into_iter().map(|(worker, time, price)| {
-                loads[worker] += Micros(time);
-                let there = |at| Micros(if at == worker { time } else { time + price });
-                Movable { worker, times: (0..5).map(there).collect() }
-            }).collect();
-            let before = loads.clone();
-            let moves = rebalance(&mut loads, &items, Micros(theta));
-            prop_assert!(loads.iter().max() <= before.iter().max());
-            prop_assert!(moves.len() <= items.len());
-            let mut again = before.clone();
-            let mut seen = vec![false; items.len()];
-            for Move { item, from, to, price } in moves {
-                prop_assert!(!std::mem::replace(&mut seen[item], true));
-                prop_assert_eq!(from, items[item].worker);
-                let most = again.iter().max().copied().unwrap_or_default();
-                again[from] = again[from].saturating_sub(items[item].times[from]);
-                again[to] += items[item].times[from] + price;
-                prop_assert!(again[from].max(again[to]) < most);
-            }
-            prop_assert_eq!(loads, again);
         }
     }
 }

@@ -415,6 +415,7 @@ pub fn decision(decision: &Decision, name: impl Fn(WorkerId) -> String) -> proto
         policy: decision.policy.to_string(),
         turn: decision.turn,
         prompt_tokens: narrow(decision.tokens.0),
+        seed: decision.seed,
         candidates: candidates
             .map(|(candidate, score)| proto::CandidateScore {
                 worker_id: name(candidate.worker),
@@ -425,6 +426,7 @@ pub fn decision(decision: &Decision, name: impl Fn(WorkerId) -> String) -> proto
                 free_blocks: candidate.free.0,
                 score_high: (score >> 64) as u64,
                 score_low: *score as u64,
+                joined_us: candidate.joined.0,
             })
             .collect(),
     }

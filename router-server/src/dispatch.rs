@@ -227,6 +227,8 @@ struct Dispatcher {
     policy: &'static str,
     start: Instant,
     seats: Vec<Option<Session>>,
+    /// Who had each slot from when on: decisions and batches of the past are named by who had it then.
+    names: Vec<Vec<(Micros, Arc<str>)>>,
     sessions: u64,
     clients: HashMap<RequestId, Client>,
     wake: Option<Micros>,
@@ -259,6 +261,7 @@ pub async fn run(
         policy,
         start: Instant::now(),
         seats: Vec::new(),
+        names: Vec::new(),
         sessions: 0,
         clients: HashMap::new(),
         wake: None,
@@ -338,20 +341,24 @@ impl Dispatcher {
             Command::Route { prompt, root, answer } => {
                 self.flush();
                 let decision = self.scheduler.route(self.now(), &prompt, root);
-                let _ = answer.send(decision.map(|decision| convert::decision(&decision, |worker| self.name(worker))));
+                let named = |decision: Decision| convert::decision(&decision, |worker| self.name(worker, decision.at));
+                let _ = answer.send(decision.map(named));
             }
             Command::Decisions(wanted, answer) => {
                 let decided = |decision: &Decision| Decided {
-                    decision: convert::decision(decision, |worker| self.name(worker)),
+                    decision: convert::decision(decision, |worker| self.name(worker, decision.at)),
                     at: decision.at,
-                    recomputed: decision.recompute().map(|worker| self.name(worker)),
+                    recomputed: decision.recompute().map(|worker| self.name(worker, decision.at)),
                 };
                 let decisions = self.scheduler.decisions();
                 let decisions = decisions.filter(|decision| wanted.is_none_or(|id| decision.id == id));
                 let _ = answer.send(decisions.map(decided).collect());
             }
             Command::Batches(answer) => {
-                let batch = |record: &BatchRecord| Batch { worker: self.name(record.worker), record: *record };
+                let batch = |record: &BatchRecord| {
+                    let worker = self.name(record.worker, record.at);
+                    Batch { worker, record: *record }
+                };
                 let _ = answer.send(self.scheduler.batches().map(batch).collect());
             }
             Command::Close => {}
@@ -386,11 +393,16 @@ impl Dispatcher {
         self.flush();
         let free = self.seats.iter().position(Option::is_none).unwrap_or_else(|| {
             self.seats.push(None);
+            self.names.push(Vec::new());
             self.seats.len() - 1
         });
         let Ok(slot) = u32::try_from(free) else { return };
         self.sessions += 1;
         let worker = WorkerId(slot);
+        let now = self.now();
+        if self.names[free].last().is_none_or(|(_, last)| *last != session.name) {
+            self.names[free].push((now, Arc::clone(&session.name)));
+        }
         self.seats[free] = Some(Session { number: self.sessions, ..session });
         self.state.members.fetch_add(1, Ordering::Relaxed);
         self.stale = true;
@@ -440,9 +452,11 @@ impl Dispatcher {
         self.seats.get(worker.0 as usize)?.as_ref()
     }
 
-    /// The name of the worker in a slot; the slot's where it is empty.
-    fn name(&self, worker: WorkerId) -> String {
-        self.at(worker).map_or_else(|| worker.to_string(), |session| session.name.to_string())
+    /// The name of the worker that had the slot at that time.
+    fn name(&self, worker: WorkerId, at: Micros) -> String {
+        let names = self.names.get(worker.0 as usize).map_or(&[][..], Vec::as_slice);
+        let then = names.iter().rev().find(|(since, _)| *since <= at).or(names.first());
+        then.map_or_else(|| worker.to_string(), |(_, name)| name.to_string())
     }
 
     /// Frees the slot and tells the core. Dropping what is given back ends the session, if it is still there.

@@ -269,12 +269,14 @@ async fn decisions(State(app): State<Arc<App>>) -> Json<Value> {
             let score = (u128::from(candidate.score_high) << 64) | u128::from(candidate.score_low);
             json!({"worker": candidate.worker_id, "new_tokens": candidate.new_tokens,
                    "queued_tokens": candidate.queued_tokens, "batch_size": candidate.batch_size,
-                   "work_us": candidate.work_us, "free_blocks": candidate.free_blocks, "score": score.to_string()})
+                   "work_us": candidate.work_us, "joined_us": candidate.joined_us,
+                   "free_blocks": candidate.free_blocks, "score": score.to_string()})
         };
         let candidates: Vec<Value> = decision.candidates.iter().map(candidate).collect();
         json!({"decision": decision.decision_id, "at_us": decided.at.0, "request": decision.request,
                "choice": decision.choice, "worker": decision.worker_id, "recomputed": decided.recomputed,
-               "policy": decision.policy, "turn": decision.turn, "tokens": decision.prompt_tokens,
+               "policy": decision.policy, "turn": decision.turn, "seed": decision.seed,
+               "tokens": decision.prompt_tokens,
                "candidates": candidates})
     };
     let all: Vec<Value> = app.fleet.decisions(None).await.into_iter().map(decided).collect();

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Config, Epoch, Layout, Mode, ModelSpec, NewRequest, PlanNo, PolicyName, RequestId,
-    RowKey, RowTokens, Scheduler, Tokens, WorkerMessage, WorkerSpec,
+    BatchEnd, BlockHash, BlockSize, Blocks, Config, Epoch, Layout, Micros, Mode, ModelSpec, NewRequest, PlanNo,
+    PolicyName, RequestId, RowKey, RowReport, RowTokens, Scheduler, SliceReport, Tokens, WorkerMessage, WorkerSpec,
 };
 use router_server::convert::RowExtras;
 use router_server::dispatch::{self, Arrival, Command, PoolState, Seat, Update};
@@ -55,8 +55,12 @@ impl Pool {
 
     /// A worker whose link holds so many messages.
     async fn join(&self, room: usize) -> Worker {
+        self.join_as("w", room).await
+    }
+
+    async fn join_as(&self, name: &str, room: usize) -> Worker {
         let spec = WorkerSpec {
-            name: "w".into(),
+            name: name.into(),
             epoch: Epoch(1),
             model: model(),
             blocks: Blocks(1000),
@@ -284,4 +288,33 @@ async fn a_request_that_is_not_begun_in_time_is_given_up_and_one_that_is_runs_on
     worker.draw(key, 0).await;
     assert!(matches!(first.recv().await.unwrap(), Update::Placed { .. }));
     assert!(matches!(first.recv().await.unwrap(), Update::Tokens { first_index: 0, .. }));
+}
+
+#[tokio::test]
+async fn what_is_past_has_the_name_of_who_was_there() {
+    let pool = Pool::start();
+    let mut worker = pool.join_as("old", 100).await;
+    let _updates = pool.arrive(1, 100).await;
+    let key = worker.row().await;
+    worker.draw(key, 0).await;
+    let (computed, emitted, cached, prefill_left) = (Tokens(2), Tokens(1), Tokens(0), Tokens(0));
+    let row = RowReport { key, computed, cached, emitted, finish: None, held: true, prefill_left };
+    let (prefill, decode, idle) = (Micros(1000), Micros(0), Micros(0));
+    let (peak, pad, invalid) = (Blocks(1), Tokens(0), Tokens(0));
+    let (batch, end, next, steps) = (PlanNo(1), BatchEnd::Backpressure, None, 1);
+    let report = SliceReport { batch, end, next, steps, prefill, decode, peak, idle, pad, invalid, rows: vec![row] };
+    worker.say(WorkerMessage::SliceReported(report)).await;
+    let named = async || {
+        let (sender, batches) = oneshot::channel();
+        pool.commands.send(Command::Batches(sender)).await.unwrap();
+        let (decided, decisions) = oneshot::channel();
+        pool.commands.send(Command::Decisions(None, decided)).await.unwrap();
+        (batches.await.unwrap()[0].worker.clone(), decisions.await.unwrap()[0].decision.worker_id.clone())
+    };
+    assert_eq!(named().await, ("old".into(), "old".into()));
+    pool.commands.send(Command::Lost(worker.seat)).await.unwrap();
+    assert_eq!(named().await, ("old".into(), "old".into()));
+    let new = pool.join_as("new", 100).await;
+    assert_eq!(new.seat.worker, worker.seat.worker);
+    assert_eq!(named().await, ("old".into(), "old".into()));
 }

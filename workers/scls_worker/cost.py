@@ -94,7 +94,7 @@ def read(path: Path, info: common.WorkerInfo, parse: Callable[[str], Model] | No
         form = (parse or models().from_json)(text).to_dict()
     except OSError as error:
         raise StartupError(f"cannot read --cost-model {path}: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise StartupError(f"--cost-model {path}: {error}") from None
     for name, its, ours in (
         ("layout", form["shape"], layout_name(info)),

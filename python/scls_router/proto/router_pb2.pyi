@@ -96,7 +96,7 @@ class ExplainRequest(_message.Message):
     def __init__(self, decision_id: _Optional[int] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("decision_id", "request", "choice", "worker_id", "policy", "turn", "prompt_tokens", "candidates")
+    __slots__ = ("decision_id", "request", "choice", "worker_id", "policy", "turn", "prompt_tokens", "candidates", "seed")
     DECISION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class Decision(_message.Message):
     TURN_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     decision_id: int
     request: int
     choice: int
@@ -113,10 +114,11 @@ class Decision(_message.Message):
     turn: int
     prompt_tokens: int
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateScore]
-    def __init__(self, decision_id: _Optional[int] = ..., request: _Optional[int] = ..., choice: _Optional[int] = ..., worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., turn: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ...) -> None: ...
+    seed: int
+    def __init__(self, decision_id: _Optional[int] = ..., request: _Optional[int] = ..., choice: _Optional[int] = ..., worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., turn: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class CandidateScore(_message.Message):
-    __slots__ = ("worker_id", "new_tokens", "queued_tokens", "batch_size", "work_us", "free_blocks", "score_high", "score_low")
+    __slots__ = ("worker_id", "new_tokens", "queued_tokens", "batch_size", "work_us", "free_blocks", "score_high", "score_low", "joined_us")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +127,7 @@ class CandidateScore(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SCORE_HIGH_FIELD_NUMBER: _ClassVar[int]
     SCORE_LOW_FIELD_NUMBER: _ClassVar[int]
+    JOINED_US_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     new_tokens: int
     queued_tokens: int
@@ -133,7 +136,8 @@ class CandidateScore(_message.Message):
     free_blocks: int
     score_high: int
     score_low: int
-    def __init__(self, worker_id: _Optional[str] = ..., new_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., batch_size: _Optional[int] = ..., work_us: _Optional[int] = ..., free_blocks: _Optional[int] = ..., score_high: _Optional[int] = ..., score_low: _Optional[int] = ...) -> None: ...
+    joined_us: int
+    def __init__(self, worker_id: _Optional[str] = ..., new_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., batch_size: _Optional[int] = ..., work_us: _Optional[int] = ..., free_blocks: _Optional[int] = ..., score_high: _Optional[int] = ..., score_low: _Optional[int] = ..., joined_us: _Optional[int] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ()
