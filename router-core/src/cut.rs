@@ -56,6 +56,11 @@ impl Joins {
         self.waiting = 0;
     }
 
+    /// F: what a slice start exposes, as measured.
+    pub(crate) fn start(&self) -> Micros {
+        Micros(self.start as u64)
+    }
+
     /// Rows a microsecond; a silence longer than the mean gap lowers it.
     fn rate(&self, now: Micros) -> f64 {
         let (Some(gap), Some(last)) = (self.gap, self.last) else { return 0.0 };

@@ -245,7 +245,8 @@ pub enum Action {
     /// Close the session: what the worker says cannot be true.
     Quarantine(WorkerId, String),
     /// A request was given a worker, and how long its answer will take from now: no less than the first, and no more
-    /// than the second if it draws all its tokens, as loads are now. Once a row and dispatch.
+    /// than the second if it draws all its tokens, as loads are now; both zero where that is not known. Once a row and
+    /// dispatch.
     Placed(RowId, WorkerId, Band),
     /// Tokens for the client: each index once, in order.
     Tokens {

@@ -214,8 +214,8 @@ impl Worker {
     }
 
     /// How long an answer takes from now: alone and at once with one token, and behind all that is here with all of
-    /// `left`.
-    pub(crate) fn eta(&self, now: Micros, tokens: Tokens, new: Tokens, left: Tokens) -> Band {
+    /// `left` in slices of `slice_len`; each as far off as bands of long batches are.
+    pub(crate) fn eta(&self, now: Micros, tokens: Tokens, new: Tokens, left: Tokens, slice_len: u32) -> Band {
         let model = self.estimator.model();
         let lo = self.estimator.time(model.prefill(new, tokens.saturating_sub(new)));
         let rows = self.batch_size();
@@ -226,7 +226,16 @@ impl Worker {
         let pace = if rows == 0 { Tokens::ZERO } else { self.pace(rows, self.context, tokens, new) };
         let each = if pace == Tokens::ZERO { self.spec.chunk } else { pace };
         let iterations = left + Tokens(new.0.div_ceil(each.0.max(1)));
-        let hi = lo + self.work(now) + prefill + Micros(step.0.saturating_mul(iterations.0));
+        let start = self.joins.start() + self.restart_cost(rows + 1);
+        let starts = left.0 / u64::from(slice_len.max(1)) + 1;
+        let hi = lo
+            + self.work(now)
+            + prefill
+            + Micros(step.0.saturating_mul(iterations.0))
+            + Micros(start.0.saturating_mul(starts));
+        let [least, most] = self.estimator.reach();
+        // casts saturate
+        let (lo, hi) = (Micros((lo.0 as f64 * least) as u64), Micros((hi.0 as f64 * most) as u64));
         Band { lo: lo.min(hi), hi }
     }
 

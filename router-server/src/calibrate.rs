@@ -55,6 +55,9 @@ fn outcome(status: ExitStatus) -> Result<(), Failure> {
     }
 }
 
+/// A fit off by more than this at its worst is no good: a router corrects a model by a factor of two at most.
+const DOUBTFUL: f64 = 0.5;
+
 /// What a calibration says, for people: `None` where it is none.
 fn summary(written: &Value) -> Option<String> {
     let fit = &written["fit"];
@@ -75,6 +78,12 @@ fn summary(written: &Value) -> Option<String> {
         100.0 * quality("mean_error")?,
         100.0 * quality("p99_error")?
     );
+    if quality("p99_error")? > DOUBTFUL {
+        let _ = writeln!(
+            out,
+            "  it misses its own samples: measure again while nothing else runs, with the threads of `up`"
+        );
+    }
     Some(out)
 }
 

@@ -21,6 +21,8 @@ const MOST_NAME: usize = 256;
 const MOST_NAMES: usize = 256;
 /// Longest text of a worker that goes on to a client or a log, in characters.
 const MOST_TEXT: usize = 500;
+/// Most microseconds or tokens that a report of one batch may name: two years of time.
+const MOST_REPORTED: u64 = 1 << 46;
 /// What a worker says to the owner that it is taken from.
 const TAKEN: &str = "another owner";
 
@@ -262,6 +264,16 @@ fn slice_report(report: proto::SliceReport) -> Result<SliceReport, Hostile> {
         Ok(End::Error) => BatchEnd::Error,
         Ok(End::Unspecified) | Err(_) => return hostile(format!("unknown end of a batch: {}", report.end)),
     };
+    let huge = [
+        ("prefill_us", report.prefill_us),
+        ("decode_us", report.decode_us),
+        ("idle_us", report.idle_us),
+        ("pad_tokens", report.pad_tokens),
+        ("invalid_tokens", report.invalid_tokens),
+    ];
+    if let Some((what, value)) = huge.into_iter().find(|(_, value)| *value > MOST_REPORTED) {
+        return hostile(format!("a report's {what} is {value}"));
+    }
     let rows = report.rows.into_iter().map(|row| {
         use proto::row_report::Kv;
         let held = match Kv::try_from(row.kv) {

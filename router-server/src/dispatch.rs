@@ -178,6 +178,8 @@ pub struct Figures {
     pub moves: Moves,
     /// Events that came with a time before that of the one before them.
     pub clock_jumps: u64,
+    /// Reports of more iterations or time than there can have been.
+    pub doubtful_reports: u64,
 }
 
 impl PoolState {
@@ -335,6 +337,7 @@ impl Dispatcher {
                     slice_len: self.scheduler.slice_len(),
                     moves: self.scheduler.moves(),
                     clock_jumps: self.scheduler.clock_jumps(),
+                    doubtful_reports: self.scheduler.doubtful_reports(),
                 };
                 let _ = answer.send(self.scheduler.loads());
             }

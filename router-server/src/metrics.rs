@@ -97,6 +97,7 @@ pub struct Metrics {
     slice_len: Family<ByModel, Gauge>,
     moves: Family<ByMove, Counter>,
     clock_jumps: Family<ByModel, Counter>,
+    doubtful_reports: Family<ByModel, Counter>,
     workers: Mutex<()>,
     gauges: Vec<WorkerGauge>,
 }
@@ -175,6 +176,11 @@ impl Default for Metrics {
             cut_latency: register!("cut_latency_seconds", "from a cut to the report of its batch", seconds()),
             slice_len: register!("slice_length_iterations", "S: most iterations of the next slice", Family::default()),
             moves: register!("moves", "rows that left a worker that was there", Family::default()),
+            doubtful_reports: register!(
+                "doubtful_reports",
+                "reports of more iterations or time than there can have been",
+                Family::default()
+            ),
             clock_jumps: register!("clock_jumps", "events with a time before that of the last", Family::default()),
             workers: Mutex::new(()),
             gauges: gauges.into(),
@@ -316,6 +322,8 @@ impl Metrics {
             self.slice_len.get_or_create_owned(&labels).set(figures.slice_len.into());
             // The core counts; a pool that is made anew begins at zero, as counters may.
             self.clock_jumps.get_or_create_owned(&labels).inner().store(figures.clock_jumps, Ordering::Relaxed);
+            let doubtful = self.doubtful_reports.get_or_create_owned(&labels);
+            doubtful.inner().store(figures.doubtful_reports, Ordering::Relaxed);
             let Moves { drained, evicted, weighed, balanced } = figures.moves;
             for (reason, count) in
                 [("drained", drained), ("evicted", evicted), ("weighed", weighed), ("balanced", balanced)]

@@ -249,6 +249,12 @@ impl Estimator {
         self.correct((seconds / mean / self.correction).ln());
     }
 
+    /// What the time of many iterations is multiplied by to be no less, and no more, than it turns out: the edges that
+    /// bands of long batches have, whatever the model is off by.
+    pub fn reach(&self) -> [f64; 2] {
+        self.edges(BUCKETS.len() - 1)
+    }
+
     /// So many rows ran so many decode steps, and so many of them ended before their limit.
     pub fn observe_ends(&mut self, row_steps: u64, ended: u64) {
         self.ends.observe(row_steps, ended);

@@ -94,6 +94,7 @@ pub struct Scheduler {
     /// Of the last event: time never runs backwards in here.
     now: Micros,
     jumps: u64,
+    doubtful: u64,
     decisions: Decisions,
     /// Those that ended.
     batches: VecDeque<BatchRecord>,
@@ -125,6 +126,7 @@ impl Scheduler {
             turn: 0,
             now: Micros::ZERO,
             jumps: 0,
+            doubtful: 0,
             decisions: Decisions::new(LATEST),
             batches: VecDeque::new(),
             mean_output: MeanOutput::default(),
@@ -269,6 +271,11 @@ impl Scheduler {
     /// Events that came with a time before that of the one before them.
     pub fn clock_jumps(&self) -> u64 {
         self.jumps
+    }
+
+    /// Reports of more iterations or time than there can have been: they are no measure of anything.
+    pub fn doubtful_reports(&self) -> u64 {
+        self.doubtful
     }
 
     /// Rows that moved for another reason than a lost worker.

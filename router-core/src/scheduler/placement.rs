@@ -2,7 +2,7 @@
 
 use super::Scheduler;
 use crate::block::{BlockHash, new_tokens};
-use crate::cost::Layout;
+use crate::cost::{Band, Layout};
 use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
@@ -106,9 +106,11 @@ impl Scheduler {
 
     /// Commits a choice: Q, b, W and the prompt's blocks move now, not when the worker says so.
     pub(super) fn settle(&mut self, now: Micros, id: RowId, at: WorkerId, prefill: Tokens, actions: &mut Vec<Action>) {
-        let slice_len = self.slice_len();
+        let (slice_len, pooled) = (self.slice_len(), self.pooled().is_some());
         let (Some(row), Some(worker)) = (self.rows.get_mut(&id), self.workers.get_mut(&at)) else { return };
-        let eta = worker.eta(now, row.tokens(), prefill, row.total().saturating_sub(row.tokens()));
+        let left = row.total().saturating_sub(row.tokens());
+        // in a pool rows wait for rounds and are prefilled again: nobody knows how often
+        let eta = if pooled { Band::default() } else { worker.eta(now, row.tokens(), prefill, left, slice_len) };
         let steps = row.slice(slice_len);
         let work = worker.work_of(row.tokens(), prefill, steps);
         // a rectangle leaves nothing to find

@@ -11,6 +11,9 @@ use crate::row::Stage;
 use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Running};
 
+/// A worker's clock and messages on their way make a batch seem shorter than it was by no more than its own time and this.
+const LINK: Micros = Micros(1_000_000);
+
 impl Scheduler {
     /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped. It `follows` if it stood when
     /// the batch before it ended.
@@ -87,7 +90,11 @@ impl Scheduler {
             }
         }
         let time = report.prefill + report.decode;
-        if report.steps > 0 {
+        // more iterations than were asked for, or more time than has passed: nothing is learned of it, but that it was said
+        let passed = self.now.saturating_sub(running.record.at);
+        if report.steps > running.batch.steps || time > passed + passed + LINK {
+            self.doubtful += 1;
+        } else if report.steps > 0 {
             // before a batch that began on arrival there was nothing to run: that is no price of a start
             if running.follows {
                 worker.joins.exposed(report.idle);
