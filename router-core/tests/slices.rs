@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use common::{Pool, W, has, key, plans, pool, pool_of, spec};
 use router_core::{
-    Action, BatchEnd, BlockHash, Blocks, CostModel, Event, FinishReason, Keep, Micros, NewRequest, PagedPrefill,
-    PagedStep, Plan, PlanNo, Refusal, RequestId, RowReport, RowTokens, SliceReport, Tokens, WorkerId, WorkerMessage,
-    WorkerSpec,
+    Action, BatchEnd, BlockHash, Blocks, CostModel, Event, FinishReason, Micros, NewRequest, PagedPrefill, PagedStep,
+    Plan, PlanNo, Refusal, RequestId, RowReport, RowTokens, SliceReport, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 fn cost() -> CostModel {
@@ -317,28 +316,6 @@ fn no_row_that_runs_moves_to_where_it_would_wait() {
     let all: Vec<u64> = (2..=8).collect();
     ends(&mut pool, 9, Some(10), 8, 0, &all);
     assert_eq!(pool.scheduler.moves().weighed, 0, "its one place is taken");
-}
-
-#[test]
-fn a_row_without_a_place_for_its_kv_goes_where_there_is_one() {
-    let spec = WorkerSpec { max_context: Tokens(2000), cost: Some(cost()), ..spec() };
-    let mut pool = pool_of(Some(64), spec.clone());
-    let arrivals = (1..=2).map(|id| Event::RequestArrived(arrival(id, 400, 600)));
-    pool.scheduler.handle_many(pool.now, arrivals, &mut pool.actions);
-    let first = std::mem::take(&mut pool.actions);
-    // 33 blocks each, of 64: only one of them goes on
-    (1..=2).for_each(|row| draws(&mut pool, 1, row, 0, 120, None));
-    let standing = newest(&first).no.0;
-    ends(&mut pool, 1, Some(standing), 64, 0, &[1, 2]);
-    let actions = pool.refuses(PlanNo(standing), Refusal::NoMemory, vec![]);
-    let alone = plans(&actions)[0];
-    assert_eq!(alone.keep, Keep::List(vec![key(1, 0)]));
-    second(&mut pool, spec);
-    let next = newest(&actions).no.0;
-    let actions = ends(&mut pool, alone.no.0, Some(next), 64, 0, &[1]);
-    assert!(has(&actions, |a| matches!(a, Action::Drop(W, rows) if rows == &[key(2, 0)])), "{actions:?}");
-    let loads = pool.scheduler.loads();
-    assert_eq!((loads[0].batch_size, loads[1].batch_size, pool.scheduler.moves().evicted), (1, 1, 1));
 }
 
 #[test]

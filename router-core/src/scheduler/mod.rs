@@ -56,7 +56,7 @@ pub struct Config {
 pub struct Moves {
     /// Their worker drains.
     pub drained: u64,
-    /// There was no place for their KV any more.
+    /// They had lost their KV for want of memory.
     pub evicted: u64,
     /// The request-seconds of both ends said so.
     pub weighed: u64,

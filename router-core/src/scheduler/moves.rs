@@ -74,9 +74,8 @@ impl Scheduler {
         }
     }
 
-    /// Rows in no plan move from the worker with the most work to the one with the least, as long as both ends are done
-    /// sooner than the former would have been, lost hits included: rows that have not started, and rows for whose KV there is
-    /// no place any more. These only move to where there is one.
+    /// Rows that have not started move from the worker with the most work to the one with the least, as long as both
+    /// ends are done sooner than the former would have been, lost hits included.
     pub(super) fn balance(&mut self, now: Micros, actions: &mut Vec<Action>) {
         if self.config.mode != Mode::Slice || self.workers.len() < 2 {
             return;
@@ -94,15 +93,15 @@ impl Scheduler {
             // the youngest would wait longest
             let waits = |id: &&RowId| {
                 let home = self.rows.get(*id).and_then(|row| row.home());
-                home.is_some_and(|home| home.stage == Stage::Waiting)
+                home.is_some_and(|home| !home.known && home.stage == Stage::Waiting)
             };
             let Some(id) = most.rows.values().rev().find(waits).copied() else { return };
             let Some(row) = self.rows.get(&id) else { return };
             let slice_len = self.slice_len();
             let (tokens, total, steps) = (row.tokens(), row.total(), row.slice(slice_len));
             let Place::At(home) = &row.place else { return };
-            let (here, started) = (home.work, home.known);
-            if total > least.spec.most_tokens() || (started && !least.has_room(tokens, slice_len)) {
+            let here = home.work;
+            if total > least.spec.most_tokens() {
                 return;
             }
             let new = self.uncached(id, to);
@@ -112,8 +111,7 @@ impl Scheduler {
             if here == Micros::ZERO || least_work + there >= most_work {
                 return;
             }
-            let count = if started { &mut self.moves.evicted } else { &mut self.moves.balanced };
-            *count += 1;
+            self.moves.balanced += 1;
             self.move_to(now, id, to, new, actions);
         }
     }
