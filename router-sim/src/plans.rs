@@ -1,9 +1,9 @@
 //! What every worker does alike with plans: which one stands, when one starts, and which rows it runs.
 
 use hashbrown::HashSet;
-use router_core::{Keep, Plan, PlanNo, Refusal, RowKey, WorkerMessage};
+use router_core::{Keep, Plan, PlanNo, Refusal, RowKey, WorkerMessage, WorkerSpec};
 
-use crate::sequence::Terms;
+use crate::sequence::{Terms, invalid};
 
 /// A plan, and the terms of its new rows.
 pub(crate) type Told = (Plan, Vec<(RowKey, Terms)>);
@@ -21,8 +21,23 @@ pub(crate) struct Plans {
 
 impl Plans {
     /// A plan arrives while this batch runs. It comes back where it starts at once.
-    pub(crate) fn arrive(&mut self, told: Told, running: Option<PlanNo>, out: &mut Vec<WorkerMessage>) -> Option<Told> {
-        let (no, base) = (told.0.no, told.0.base);
+    pub(crate) fn arrive(
+        &mut self,
+        told: Told,
+        running: Option<PlanNo>,
+        spec: &WorkerSpec,
+        out: &mut Vec<WorkerMessage>,
+    ) -> Option<Told> {
+        let (plan, _) = &told;
+        let (no, base) = (plan.no, plan.base);
+        if plan.steps == 0 {
+            refuse(no, Refusal::Unsupported, Vec::new(), "steps".into(), out);
+            return None;
+        }
+        if let Some(bad) = plan.add.iter().find(|start| invalid(start, spec)) {
+            refuse(no, Refusal::Unsupported, vec![bad.key], "prompt_ids or max_tokens".into(), out);
+            return None;
+        }
         let newer = self.standing.as_ref().is_none_or(|(standing, _)| standing.no < no);
         if running == Some(base) && newer {
             self.standing = Some(told);

@@ -10,7 +10,7 @@ use router_core::{
 };
 
 use crate::plans::{Plans, Told, refuse};
-use crate::sequence::{Sequence, Terms, invalid, unreported};
+use crate::sequence::{Sequence, Terms, unreported};
 use crate::timing::{Clock, Pace};
 use crate::worker::Command;
 
@@ -154,14 +154,7 @@ impl StaticWorker {
     }
 
     fn planned(&mut self, now: Micros, told: Told, out: &mut Vec<WorkerMessage>) {
-        let (plan, _) = &told;
-        if plan.steps == 0 {
-            return refuse(plan.no, Refusal::Unsupported, Vec::new(), "steps".into(), out);
-        }
-        if let Some(bad) = plan.add.iter().find(|start| invalid(start, &self.spec)) {
-            return refuse(plan.no, Refusal::Unsupported, vec![bad.key], "prompt_ids or max_tokens".into(), out);
-        }
-        if let Some((plan, terms)) = self.plans.arrive(told, self.running(), out) {
+        if let Some((plan, terms)) = self.plans.arrive(told, self.running(), &self.spec, out) {
             self.start(now, plan, terms, out);
             self.advance(now, out);
         }
