@@ -69,11 +69,12 @@ test-versions: ## the worker's tests with the lowest and the newest torch and tr
 	@$(MAKE) --no-print-directory build
 	@tools/test_versions.sh $(ARGS)
 
-soak: ## the long forms of the tests: the full exactness product, many kills, fuzzed bodies
+soak: ## the long forms of the tests: the full exactness product, 100,000 event sequences and batches, many kills, fuzzed bodies
 	@tools/setup.sh test
 	@$(MAKE) --no-print-directory build
 	@SCLS_SOAK=1 SCLS_FUZZ=100 cargo test --quiet -p router-server --test fuzz_http --test fuzz_grpc
-	@SCLS_SOAK=1 cargo test --quiet -p router-sim --test events
+	@SCLS_SOAK=1 cargo test --quiet -p router-core memory
+	@SCLS_SOAK=1 cargo test --quiet -p router-sim --test events --test pooled
 	@SCLS_SOAK=1 $(PY) -m pytest -m soak -o timeout=7200
 
 proto: ## Python stubs from proto/ (Rust makes its own in the build)

@@ -94,7 +94,7 @@ def main() -> None:
                     before = os.getloadavg()[0]
                     seconds, ids = burst(router, prompts)
                     router.wait_drained()
-                    batches = router.admin("/batches")
+                    batches = router.admin("/batches")["batches"]
                     metrics = router.metrics()
             finally:
                 for one in workers:
@@ -102,7 +102,7 @@ def main() -> None:
             first = first or ids
             if ids != first:
                 sys.exit(f"{mode}: other tokens than the first run's")
-            ended = [b for b in flat(batches) if b.get("outcome")]
+            ended = [batch for batch in batches if batch["outcome"]]
             scored[layout] += ended
             tokens = sum(map(len, ids))
             total = {
@@ -163,16 +163,6 @@ def main() -> None:
         print(f"{goal['goal']}: {goal['value']:.3f} ({goal['op']} {goal['bound']}: {goal['holds']})")
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def flat(batches: object) -> list[dict]:
-    """Records, however they are grouped by pool."""
-    if isinstance(batches, dict):
-        batches = [one for value in batches.values() if isinstance(value, list) for one in value]
-    out: list[dict] = []
-    for one in batches if isinstance(batches, list) else []:
-        out += flat(one["batches"]) if "batches" in one else [one]
-    return out
 
 
 def covered(batches: list[dict]) -> dict:
