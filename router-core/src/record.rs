@@ -44,6 +44,6 @@ pub struct BatchOutcome {
 impl BatchOutcome {
     /// The time fell into the band.
     pub fn covered(&self) -> bool {
-        self.band.lo <= self.time && self.time <= self.band.hi
+        self.band.contains(self.time)
     }
 }
