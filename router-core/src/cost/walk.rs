@@ -3,15 +3,8 @@
 
 use super::estimator::RowLoad;
 use super::model::{CostModel, PaddedCost, PagedPrefill, PagedStep};
-use crate::constants::MOST_FORESEEN;
+use crate::constants::{DEVIATIONS, MOST_FORESEEN, MOST_LOST};
 use crate::units::Tokens;
-
-/// Standard deviations of the rows' ends by which the lower and upper span differ from the mean one. They only make the
-/// span of a batch whose time depends much on its ends wider than that of one whose does not; the residuals' quantiles
-/// then scale all. Anything from 0 to 2.6 gives bands within a tenth of the narrowest; this is the best of them.
-const DEVIATIONS: f64 = 1.3;
-/// Part of the rows' time that ends can take away: a batch that runs has a row.
-const MOST_LOST: f64 = 0.9;
 
 /// Cumulative seconds after each of at most `steps` iterations if many rows end before their limit, if they end at their
 /// mean rate, and if few do. Shorter if all rows are at their limit before. `hazard` is the part of drawn tokens that end

@@ -1,6 +1,7 @@
 //! From batch to batch: what starts, what was foreseen of it, when it is cut, how it ended.
 
 use super::{LATEST, Scheduler, here};
+use crate::constants::LINK;
 use crate::cost::RowLoad;
 use crate::cut::Verdict;
 use crate::event::{Action, BatchEnd, FinishReason, SliceReport};
@@ -10,9 +11,6 @@ use crate::record::{BatchOutcome, BatchRecord};
 use crate::row::Stage;
 use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Running};
-
-/// A worker's clock and messages on their way make a batch seem shorter than it was by no more than its own time and this.
-const LINK: Micros = Micros(1_000_000);
 
 impl Scheduler {
     /// A plan runs: its members' tokens are exact now, and what moved meanwhile is dropped. It `follows` if it stood when
