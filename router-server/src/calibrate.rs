@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_calibration_is_told_in_four_lines() {
+    fn a_calibration_is_told_in_four_lines_and_a_fifth_if_it_is_poor() {
         let written = json!({
             "model": "airline-tiny", "model_digest": "m", "device": "cpu", "dtype": "float32", "layout": "paged",
             "fit": {
@@ -127,6 +127,9 @@ mod tests {
             step     constant 3215 us, per_row 50.00 us, per_context 1.250 us\n  \
             R2 0.9987, mean error 2.1 %, p99 9.8 %\n";
         assert_eq!(summary(&written).as_deref(), Some(expected));
+        let mut poor = written;
+        poor["fit"]["p99_error"] = json!(0.94);
+        assert!(summary(&poor).is_some_and(|said| said.contains("measure again")));
     }
 
     #[test]

@@ -119,6 +119,18 @@ fn a_batch_that_does_not_run(heard: &Heard) -> Vec<Body> {
     vec![Body::SliceReport(proto::SliceReport { batch: 99, end: 1, ..Default::default() })]
 }
 
+fn a_time_that_no_clock_says(heard: &Heard) -> Vec<Body> {
+    let Heard::Plan(plan) = heard else { return civil(heard) };
+    let decode_us = u64::MAX;
+    vec![Body::SliceReport(proto::SliceReport {
+        batch: plan.plan_no,
+        end: 1,
+        steps: 1,
+        decode_us,
+        ..Default::default()
+    })]
+}
+
 fn half_a_hash(heard: &Heard) -> Vec<Body> {
     let Heard::Plan(_) = heard else { return civil(heard) };
     vec![Body::KvDelta(proto::KvDelta { stored_le_u64: vec![0; 9].into(), ..Default::default() })]
@@ -185,6 +197,7 @@ async fn lies_cost_the_worker_its_place() {
         a_token_that_does_not_exist,
         more_tokens_than_asked,
         a_batch_that_does_not_run,
+        a_time_that_no_clock_says,
         half_a_hash,
         logprobs_of_no_token,
     ] {
