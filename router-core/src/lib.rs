@@ -49,7 +49,7 @@ pub use policy::{
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use record::{BatchOutcome, BatchRecord};
-pub use router::{Choice, Prompt, Router, RouterError, Seen, WorkerState};
+pub use router::{Choice, Commit, Prompt, Router, RouterError, Seen, WorkerState};
 pub use scheduler::{Config, Moves, Scheduler};
 pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};
 pub use worker::WorkerLoad;

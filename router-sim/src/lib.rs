@@ -4,24 +4,35 @@
 
 pub mod ablation;
 mod calendar;
+mod device;
 mod driver;
+mod fleet;
 mod kv;
 mod lengths;
 mod modelled;
 mod outcome;
 mod plans;
 mod random;
+pub mod rival;
+mod run;
+mod scheduled;
 mod sequence;
+mod served;
 mod static_worker;
 mod timing;
+mod trace;
 mod worker;
 
+pub use device::Device;
 pub use driver::{Chaos, Simulation};
 pub use lengths::{Lengths, Sample, synthetic};
 pub use modelled::Modelled;
 pub use outcome::{Outcome, RowOutcome, WorkerOutcome};
 pub use random::Random;
+pub use run::{Fleet, Run, RunError, Sessions, System, run};
 pub use sequence::{Terms, next_token};
+pub use served::{GuardCounts, Lane, Record, Sample as FleetSample, Served};
 pub use static_worker::StaticWorker;
 pub use timing::{Law, Noise, Norm, Pace, Timing};
+pub use trace::{Trace, TraceRequest};
 pub use worker::{Command, SliceWorker};

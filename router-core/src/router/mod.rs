@@ -24,6 +24,16 @@ use crate::index::{BlockTrie, PrefixIndex};
 use crate::policy::{Candidate, Policy, View, least};
 use crate::units::{BlockSize, Blocks, Micros, Tokens};
 
+/// What a decision moves besides the count of rows and their new tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Commit {
+    /// The prompt's blocks enter the index at once, so that a follow-up hits before the first prefill ends.
+    #[default]
+    Prefixes,
+    /// The index has what engines report, and nothing else: the paper's form (arXiv 2603.15202).
+    Load,
+}
+
 /// What a decision is made from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
@@ -153,6 +163,8 @@ pub struct Router {
     flights: HashMap<DecisionId, Flight>,
     turn: u64,
     depths: Vec<usize>,
+    commits: Commit,
+    now: Micros,
 }
 
 impl Router {
@@ -167,7 +179,20 @@ impl Router {
             flights: HashMap::new(),
             turn: 0,
             depths: Vec::new(),
+            commits: Commit::default(),
+            now: Micros::ZERO,
         }
+    }
+
+    /// With decisions that move so much.
+    #[must_use]
+    pub fn with_commit(self, commits: Commit) -> Self {
+        Self { commits, ..self }
+    }
+
+    /// Tells the time, for what is measured by it. A time before the last one changes nothing.
+    pub fn advance(&mut self, now: Micros) {
+        self.now = self.now.max(now);
     }
 
     /// A worker that holds nothing yet. With a `capacity`, what it holds is predicted; without, it reports.
@@ -244,6 +269,16 @@ impl Router {
             }
         }
         Ok(choices)
+    }
+
+    /// So many of its prompt's tokens are left to compute, as its engine says. Whether it was in flight and not prefilled.
+    pub fn left(&mut self, id: DecisionId, tokens: Tokens) -> bool {
+        let Some(flight) = self.flights.get_mut(&id).filter(|flight| !flight.prefilled) else { return false };
+        let before = std::mem::replace(&mut flight.new_tokens, tokens);
+        if let Some(worker) = self.workers.get_mut(&flight.worker) {
+            worker.queued = worker.queued.saturating_sub(before) + tokens;
+        }
+        true
     }
 
     /// Its prompt is computed. Whether it was in flight and not prefilled.
@@ -343,7 +378,9 @@ impl Router {
             worker.batch_size += 1;
             worker.queued += at.new_tokens;
         }
-        self.index.commit(at.worker, prompt.chain());
+        if self.commits == Commit::Prefixes {
+            self.index.commit(at.worker, prompt.chain());
+        }
         let flight = Flight { worker: at.worker, prompt, new_tokens: at.new_tokens, prefilled: false };
         self.flights.insert(id, flight);
         id
@@ -358,7 +395,9 @@ impl Router {
                 worker.queued = worker.queued.saturating_sub(flight.new_tokens);
             }
         }
-        self.index.take_back(flight.worker, flight.prompt.chain());
+        if self.commits == Commit::Prefixes {
+            self.index.take_back(flight.worker, flight.prompt.chain());
+        }
         Some(flight)
     }
 

@@ -24,6 +24,12 @@ impl Prompt {
         Self { tokens: Tokens(ids.len() as u64), names, tail, size }
     }
 
+    /// A prompt whose blocks have names already. What its output completes is not known then.
+    pub fn named(root: BlockHash, chain: &[BlockHash], tokens: Tokens, size: BlockSize) -> Self {
+        let names = std::iter::once(root).chain(chain.iter().copied()).collect();
+        Self { tokens, names, tail: Box::new([]), size }
+    }
+
     /// Hashes of its whole blocks.
     pub fn chain(&self) -> &[BlockHash] {
         &self.names[1..]
