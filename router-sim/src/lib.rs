@@ -21,7 +21,7 @@ mod sequence;
 mod served;
 mod static_worker;
 mod timing;
-mod trace;
+pub mod trace;
 mod worker;
 
 pub use device::{Device, DeviceError};
@@ -35,5 +35,5 @@ pub use sequence::{Terms, next_token};
 pub use served::{GuardCounts, Lane, Record, Sample as FleetSample, Served};
 pub use static_worker::StaticWorker;
 pub use timing::{Host, Law, Noise, Norm, Pace, Timing};
-pub use trace::{Trace, TraceRequest};
+pub use trace::{Burst, Trace, TraceError, TraceRequest};
 pub use worker::{Command, SliceWorker};
