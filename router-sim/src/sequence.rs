@@ -21,6 +21,8 @@ pub struct Terms {
     pub min_tokens: u32,
     /// Logprobs of its tokens, with so many of the most likely ids.
     pub logprobs: Option<u32>,
+    /// It ends by itself after so many tokens, whatever they are.
+    pub length: Option<u32>,
 }
 
 impl Terms {
@@ -32,7 +34,7 @@ impl Terms {
         let Some(&last) = prompt.last() else { return Self::default() };
         let places = prompt.len() - 1..prompt.len() - 1 + length as usize;
         let eos = places.fold(last, |id, position| next_token(id, position, vocab));
-        Self { stop_ids: vec![eos], min_tokens: length - 1, logprobs: None }
+        Self { stop_ids: vec![eos], min_tokens: length - 1, ..Self::default() }
     }
 }
 
@@ -70,7 +72,8 @@ impl Sequence {
         let id = next_token(self.tokens[position], position, vocab);
         let first_index = self.output() as u32;
         self.tokens.push(id);
-        let stops = self.terms.stop_ids.contains(&id) && first_index >= self.terms.min_tokens;
+        let stops = self.terms.length.is_some_and(|length| first_index + 1 >= length)
+            || self.terms.stop_ids.contains(&id) && first_index >= self.terms.min_tokens;
         let finish = if stops {
             Some(FinishReason::Stop)
         } else {

@@ -61,8 +61,19 @@ pub struct Pace {
     pub chunk: u32,
     /// Exposed at every start of a slice: the device waits for it.
     pub start: Micros,
+    /// Host time that the device waits for, on top of the law.
+    pub host: Host,
     /// Factors on every iteration.
     pub noise: Noise,
+}
+
+/// Host time of an iteration. A slice worker knows its next iterations and has to think only where a prompt is in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// Of one with a prefill chunk.
+    pub chunk: Micros,
+    /// Of one without.
+    pub quiet: Micros,
 }
 
 /// The time of an iteration without noise.
@@ -152,12 +163,38 @@ impl Norm {
 impl Pace {
     /// Exactly what a model says.
     pub fn linear(model: CostModel, chunk: u32) -> Self {
-        Self { law: Law::Linear(model), chunk, start: Micros::ZERO, noise: Noise::default() }
+        Self { law: Law::Linear(model), chunk, start: Micros::ZERO, host: Host::default(), noise: Noise::default() }
     }
 
     /// A worker of the norm, whose slices cost `start` to begin.
     pub fn norm(norm: Norm, chunk: u32, start: Micros) -> Self {
-        Self { law: Law::Norm(norm), chunk, start, noise: Noise::default() }
+        Self { law: Law::Norm(norm), chunk, start, host: Host::default(), noise: Noise::default() }
+    }
+
+    /// The same with host time.
+    #[must_use]
+    pub const fn with_host(self, host: Host) -> Self {
+        Self { host, ..self }
+    }
+
+    /// What a worker of this pace would announce; `None` where its law is of another layout.
+    pub fn announced(&self, layout: Layout) -> Option<CostModel> {
+        let model = match &self.law {
+            Law::Linear(model) => *model,
+            Law::Norm(norm) => norm.linear(layout),
+        };
+        let [chunk, quiet] = [self.host.chunk, self.host.quiet].map(|time| time.0 as f64 * 1e-6);
+        match model {
+            CostModel::Paged { prefill, step } => Some(CostModel::Paged {
+                prefill: PagedPrefill { constant: prefill.constant + (chunk - quiet).max(0.0), ..prefill },
+                step: PagedStep { constant: step.constant + quiet, ..step },
+            }),
+            CostModel::Padded { prefill, step } => Some(CostModel::Padded {
+                prefill: PaddedCost { constant: prefill.constant + chunk, ..prefill },
+                step: PaddedCost { constant: step.constant + quiet, ..step },
+            }),
+        }
+        .filter(|model| model.layout() == layout)
     }
 
     /// The same with noise.
@@ -204,6 +241,8 @@ impl Clock {
             Law::Linear(model) => model.iteration(it),
             Law::Norm(norm) => norm.seconds(it),
         };
+        let host = if it.prefill > 0 { self.pace.host.chunk } else { self.pace.host.quiet };
+        let seconds = seconds + host.0 as f64 * 1e-6;
         let sigma = 2.0 * self.pace.noise.sigma;
         let step = if sigma > 0.0 { (sigma * self.random.normal()).exp() } else { 1.0 };
         micros(seconds * self.slice * step)
