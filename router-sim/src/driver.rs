@@ -66,6 +66,7 @@ pub struct Simulation {
     logprobs: bool,
     keep_batches: bool,
     told_every: u32,
+    caches: bool,
     sessions: u64,
     slots: u32,
     happened: u64,
@@ -96,6 +97,7 @@ impl Simulation {
             logprobs: true,
             keep_batches: false,
             told_every: 1,
+            caches: true,
             sessions: 0,
             slots: 0,
             happened: 0,
@@ -114,6 +116,12 @@ impl Simulation {
     pub(crate) fn with_lag(mut self, lag: Micros) -> Self {
         self.delays[1] += lag;
         self
+    }
+
+    /// Workers keep no prefix caches: see [`crate::SliceWorker::without_cache`].
+    #[must_use]
+    pub(crate) fn without_caches(self) -> Self {
+        Self { caches: false, ..self }
     }
 
     /// A line a request is kept of rows, and nothing of their tokens.
@@ -280,6 +288,7 @@ impl Simulation {
                 self.sessions += 1;
                 let session = self.sessions;
                 let worker = Modelled::new(actual, pace).telling_every(self.told_every);
+                let worker = if self.caches { worker } else { worker.without_cache() };
                 let totals = WorkerOutcome::default();
                 let arrivals = [Micros::ZERO; 2];
                 self.workers.insert(id, Connected { worker, session, seq: 0, totals, arrivals, cut: None });

@@ -41,6 +41,15 @@ impl Modelled {
         }
     }
 
+    /// See [`SliceWorker::without_cache`]; a rectangle has none.
+    #[must_use]
+    pub fn without_cache(self) -> Self {
+        match self {
+            Self::Slice(worker) => Self::Slice(Box::new(worker.without_cache())),
+            Self::Static(_) => self,
+        }
+    }
+
     /// Takes a command and appends the answers.
     pub fn command(&mut self, now: Micros, command: Command, out: &mut Vec<WorkerMessage>) {
         both!(self, worker => worker.command(now, command, out));

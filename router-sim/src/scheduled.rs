@@ -39,6 +39,9 @@ pub(crate) fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Resul
         ModelSpec { digest: fleet.device.name.clone(), tokenizer: "none".into(), block_size: size, vocab: VOCAB };
     let config = Config { policy, mode, slice_len, seed: run.seed, max_rows: usize::MAX >> 1 };
     let mut sim = Simulation::new(model.clone(), config, LINK).with_ledger().with_lag(fleet.delay);
+    if run.trace.block_size.is_none() {
+        sim = sim.without_caches();
+    }
     // workers answer hello before the first request comes
     let ahead = LINK + LINK + fleet.delay + Micros(1);
     let joins = (0..fleet.workers).map(|_| Micros::ZERO).chain(fleet.joined.iter().map(|at| *at + ahead));
