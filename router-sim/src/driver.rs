@@ -66,7 +66,7 @@ pub struct Simulation {
     logprobs: bool,
     keep_batches: bool,
     told_every: u32,
-    caches: bool,
+    counts: bool,
     sessions: u64,
     slots: u32,
     happened: u64,
@@ -97,7 +97,7 @@ impl Simulation {
             logprobs: true,
             keep_batches: false,
             told_every: 1,
-            caches: true,
+            counts: false,
             sessions: 0,
             slots: 0,
             happened: 0,
@@ -118,10 +118,10 @@ impl Simulation {
         self
     }
 
-    /// Workers keep no prefix caches: see [`crate::SliceWorker::without_cache`].
+    /// Workers count tokens: see [`crate::SliceWorker::counting`].
     #[must_use]
-    pub(crate) fn without_caches(self) -> Self {
-        Self { caches: false, ..self }
+    pub(crate) fn counting(self) -> Self {
+        Self { counts: true, ..self }
     }
 
     /// A line a request is kept of rows, and nothing of their tokens.
@@ -288,7 +288,7 @@ impl Simulation {
                 self.sessions += 1;
                 let session = self.sessions;
                 let worker = Modelled::new(actual, pace).telling_every(self.told_every);
-                let worker = if self.caches { worker } else { worker.without_cache() };
+                let worker = if self.counts { worker.counting() } else { worker };
                 let totals = WorkerOutcome::default();
                 let arrivals = [Micros::ZERO; 2];
                 self.workers.insert(id, Connected { worker, session, seq: 0, totals, arrivals, cut: None });

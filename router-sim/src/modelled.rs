@@ -41,12 +41,12 @@ impl Modelled {
         }
     }
 
-    /// See [`SliceWorker::without_cache`]; a rectangle has none.
+    /// See [`SliceWorker::counting`].
     #[must_use]
-    pub fn without_cache(self) -> Self {
+    pub fn counting(self) -> Self {
         match self {
-            Self::Slice(worker) => Self::Slice(Box::new(worker.without_cache())),
-            Self::Static(_) => self,
+            Self::Slice(worker) => Self::Slice(Box::new(worker.counting())),
+            Self::Static(worker) => Self::Static(Box::new(worker.counting())),
         }
     }
 

@@ -40,7 +40,7 @@ pub(crate) fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Resul
     let config = Config { policy, mode, slice_len, seed: run.seed, max_rows: usize::MAX >> 1 };
     let mut sim = Simulation::new(model.clone(), config, LINK).with_ledger().with_lag(fleet.delay);
     if run.trace.block_size.is_none() {
-        sim = sim.without_caches();
+        sim = sim.counting();
     }
     // workers answer hello before the first request comes
     let ahead = LINK + LINK + fleet.delay + Micros(1);

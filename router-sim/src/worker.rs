@@ -62,7 +62,7 @@ impl Row {
 
     /// Tokens that it knows and has not computed.
     fn wants(&self) -> usize {
-        self.sequence.tokens.len() - self.computed
+        self.sequence.len() - self.computed
     }
 
     fn decodes(&self) -> bool {
@@ -104,8 +104,8 @@ pub struct SliceWorker {
     spec: WorkerSpec,
     clock: Clock,
     kv: KvPool,
-    /// Finished blocks get names, under which others may find them.
-    caches: bool,
+    /// Tokens are counted, and neither drawn nor named.
+    counts: bool,
     slots: HashMap<RowKey, Slot>,
     rows: Vec<Row>,
     free: Vec<Slot>,
@@ -123,7 +123,7 @@ impl SliceWorker {
             kv: KvPool::new(spec.blocks.0),
             spec,
             clock: Clock::new(pace.into()),
-            caches: true,
+            counts: false,
             slots: HashMap::new(),
             rows: Vec::new(),
             free: Vec::new(),
@@ -135,10 +135,11 @@ impl SliceWorker {
         }
     }
 
-    /// It keeps no prefix cache: for prompts that share nothing, whose names would only cost time.
+    /// Tokens are only counted, for long simulations of prompts that share nothing: there is no prefix cache, and all
+    /// drawn ids are alike.
     #[must_use]
-    pub fn without_cache(self) -> Self {
-        Self { caches: false, ..self }
+    pub fn counting(self) -> Self {
+        Self { counts: true, ..self }
     }
 
     /// The batch that runs.
@@ -257,7 +258,7 @@ impl SliceWorker {
         let size = self.spec.model.block_size;
         let kept = members.iter().map(|key| {
             let sequence = &self.rows[self.slots[key] as usize].sequence;
-            (sequence.tokens.len(), sequence.total())
+            (sequence.len(), sequence.total())
         });
         let added = plan.add.iter().map(|s| {
             let known = s.prompt.len() + s.output.len();
@@ -284,8 +285,13 @@ impl SliceWorker {
             if let Some(before) = self.slots.get(&start.key).copied() {
                 self.end(before);
             }
+            let terms = terms.remove(&start.key).unwrap_or_default();
             let row = Row {
-                sequence: Sequence::new(&start, terms.remove(&start.key).unwrap_or_default()),
+                sequence: if self.counts {
+                    Sequence::counted(&start, terms)
+                } else {
+                    Sequence::new(&start, terms)
+                },
                 root: start.root,
                 rank: start.hold_rank,
                 budget: start.prefill_budget.0,
@@ -365,7 +371,7 @@ impl SliceWorker {
             let mut row = &mut self.rows[*at as usize];
             let tokens = if row.decodes() {
                 work.rows += 1;
-                work.context += row.sequence.tokens.len() as u64;
+                work.context += row.sequence.len() as u64;
                 1
             } else {
                 batch.used += self.extend_hit(*at, &mut batch.reports);
@@ -416,9 +422,9 @@ impl SliceWorker {
         let size = self.spec.model.block_size;
         let step = size.get() as usize;
         let row = &mut self.rows[at as usize];
-        let most = (row.sequence.tokens.len() - 1) / step * step;
+        let most = (row.sequence.len() - 1) / step * step;
         let whole = row.computed.is_multiple_of(step) && row.blocks.0.len() * step == row.computed;
-        if !self.caches || row.drew || row.computed >= most || !whole {
+        if self.counts || row.drew || row.computed >= most || !whole {
             return 0;
         }
         let from = row.computed / step;
@@ -459,7 +465,7 @@ impl SliceWorker {
             let full_before = row.computed / step;
             row.computed += tokens as usize;
             report.computed += Tokens(tokens.into());
-            if self.caches && row.computed / step > full_before {
+            if !self.counts && row.computed / step > full_before {
                 row.chain(row.computed, size);
                 for at in full_before..row.computed / step {
                     self.kv.name(&mut row.blocks, at, row.chain[at]);
