@@ -11,6 +11,7 @@ mod kv;
 mod ledger;
 mod lengths;
 mod modelled;
+mod named;
 mod outcome;
 mod plans;
 mod random;
@@ -24,7 +25,7 @@ mod timing;
 mod trace;
 mod worker;
 
-pub use device::Device;
+pub use device::{Device, DeviceError};
 pub use driver::{Chaos, Simulation};
 pub use lengths::{Lengths, Sample, synthetic};
 pub use modelled::Modelled;

@@ -23,8 +23,6 @@ const BLOCK: u32 = 16;
 const ZETA: f64 = 0.9;
 /// A message's way, besides the fleet's delay.
 const LINK: Micros = Micros(200);
-/// Host time of an iteration in which nobody is prefilled, by a worker that has its next iterations already.
-const QUIET: Micros = Micros(100);
 /// Things that happen between two looks at the progress.
 const LOOK: u32 = 1 << 14;
 
@@ -60,22 +58,17 @@ pub(crate) fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Resul
 fn worker(fleet: &Fleet, mode: Mode, model: &ModelSpec, slot: usize, seed: u64) -> (WorkerSpec, Pace) {
     let device = &fleet.device;
     let h = device.host;
-    let (layout, part, start, quiet) = match mode {
-        Mode::Pooled(_) => (Layout::Padded, ZETA, device.start, h),
-        Mode::Slice => (Layout::Paged, 1.0, device.start, h.min(QUIET)),
+    let (layout, part, start, host) = match mode {
+        Mode::Pooled(_) => (Layout::Padded, ZETA, device.start, Host::every(h)),
+        Mode::Slice => (Layout::Paged, 1.0, device.start, Host::slices(h)),
         // an iteration's host time is all that a plan an iteration costs
-        Mode::Ils => (Layout::Paged, 1.0, Micros::ZERO, h),
+        Mode::Ils => (Layout::Paged, 1.0, Micros::ZERO, Host::every(h)),
     };
-    let slow = fleet.slow.get(slot % fleet.slow.len().max(1)).copied().unwrap_or(1.0);
-    let bias = fleet.noise.bias + slow.max(f64::MIN_POSITIVE).ln();
+    let slower = fleet.slow.get(slot % fleet.slow.len().max(1)).copied().unwrap_or(1.0);
+    let bias = fleet.noise.bias + slower.max(f64::MIN_POSITIVE).ln();
     let stream = mix(seed ^ fleet.noise.seed).wrapping_add(slot as u64);
-    let pace = Pace {
-        law: device.law,
-        chunk: device.chunk,
-        start,
-        host: Host { chunk: h, quiet },
-        noise: Noise { sigma: fleet.noise.sigma, bias, seed: stream },
-    };
+    let noise = Noise { sigma: fleet.noise.sigma, bias, seed: stream };
+    let pace = Pace { start, ..device.pace(host) }.with_noise(noise);
     let spec = WorkerSpec {
         name: device.name.clone(),
         epoch: Epoch(1),
@@ -86,7 +79,7 @@ fn worker(fleet: &Fleet, mode: Mode, model: &ModelSpec, slot: usize, seed: u64) 
         max_context: Tokens(u64::from(u32::MAX)),
         chunk: Tokens(device.chunk.into()),
         layout,
-        cost: pace.announced(layout),
+        cost: Some(device.cost_model(layout, host)).filter(|model| model.layout() == layout),
     };
     (spec, pace)
 }
@@ -135,20 +128,20 @@ impl<'a> Arrivals<'a> {
         let until = run.until + self.ahead;
         let total = self.trace.requests.len() as u64;
         let every = run.sample_every;
-        let mut sample = self.ahead;
+        let mut look = self.ahead;
         let (mut samples, mut since_look, mut over) = (Vec::new(), 0, Vec::new());
         loop {
             let next = self.trace.requests.get(self.cursor).map(|request| request.at + self.ahead);
-            let sampled = (every > Micros::ZERO).then_some(sample);
+            let sampling = (every > Micros::ZERO).then_some(look);
             // what is due at the time of an arrival happens before it
-            let stop = [next, sampled].into_iter().flatten().fold(until, Micros::min);
+            let stop = [next, sampling].into_iter().flatten().fold(until, Micros::min);
             if sim.step(stop) {
                 since_look += 1;
             } else if stop == until {
                 break;
-            } else if sampled == Some(stop) {
+            } else if sampling == Some(stop) {
                 samples.push(self.sample(stop, &sim));
-                sample += every;
+                look += every;
             } else {
                 let place = self.cursor;
                 self.cursor += 1;

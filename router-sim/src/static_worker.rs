@@ -195,8 +195,7 @@ impl StaticWorker {
         for start in plan.add {
             members.push(start.key);
             let terms = terms.remove(&start.key).unwrap_or_default();
-            let sequence =
-                if self.counts { Sequence::counted(&start, terms) } else { Sequence::new(&start, terms) };
+            let sequence = if self.counts { Sequence::counted(&start, terms) } else { Sequence::new(&start, terms) };
             self.rows.insert(start.key, sequence);
         }
         self.plans.started();

@@ -287,11 +287,7 @@ impl SliceWorker {
             }
             let terms = terms.remove(&start.key).unwrap_or_default();
             let row = Row {
-                sequence: if self.counts {
-                    Sequence::counted(&start, terms)
-                } else {
-                    Sequence::new(&start, terms)
-                },
+                sequence: if self.counts { Sequence::counted(&start, terms) } else { Sequence::new(&start, terms) },
                 root: start.root,
                 rank: start.hold_rank,
                 budget: start.prefill_budget.0,
