@@ -1,6 +1,6 @@
 //! Policies of others, each with the weights of its source, behind one trait; what is compared with the product.
 
-use router_core::{Blocks, Micros, Seen, Tokens};
+use router_core::{BlockHash, BlockSize, Blocks, Micros, Seen, Tokens};
 
 /// What an engine said of itself last, with the decisions since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +30,14 @@ pub struct Sight<'a> {
     pub engines: &'a [Engine],
     /// The conversation, where known.
     pub session: Option<u32>,
+    /// Its place in the conversation: 0 begins one.
+    pub turn: u32,
+    /// Its workload class, as the trace numbers them.
+    pub class: u16,
+    /// Names of the prompt's whole blocks, each that of the whole prefix.
+    pub chain: &'a [BlockHash],
+    /// Tokens of a block.
+    pub size: BlockSize,
 }
 
 /// A policy with a memory of its own. The smallest score wins; ties as in the core.
