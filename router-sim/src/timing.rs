@@ -118,7 +118,7 @@ impl Norm {
     /// Tokens of KV that fit beside the weights: 43 GB of 80 at 0.82 MB (derived; the rest is activations and slack).
     pub const LLAMA_13B_A100_KV: u64 = 52_000;
 
-    fn seconds(&self, it: &Iteration) -> f64 {
+    pub(crate) fn seconds(&self, it: &Iteration) -> f64 {
         // only a worker that pads has a longest row; its prefill pass is all prefill
         let decoding = if it.prefill > 0 && it.longest > 0 { 0 } else { it.rows };
         let computed = (decoding + it.prefill) as f64;
