@@ -27,7 +27,7 @@ use self::pool::Pool;
 use crate::device::Device;
 use crate::outcome::WorkerOutcome;
 use crate::served::Lane;
-use crate::timing::{Clock, Noise, Pace};
+use crate::timing::{Clock, Host, Noise, Pace};
 
 /// Most iterations computed ahead: those past a row that comes are computed in vain.
 const AHEAD: usize = 64;
@@ -154,7 +154,6 @@ pub(crate) struct Engine {
     size: u64,
     chunk: u64,
     max_rows: usize,
-    host: Micros,
     clock: Clock,
     /// The clock before the spell.
     before: Clock,
@@ -192,13 +191,13 @@ pub(crate) struct Engine {
 impl Engine {
     /// With nothing. Its bias is how slow it is; lanes are kept if `keep_lanes`.
     pub(crate) fn new(device: &Device, size: BlockSize, noise: Noise, keep_lanes: bool) -> Self {
-        let pace = Pace { law: device.law, chunk: device.chunk, start: Micros::ZERO, noise };
+        // whoever plans every iteration exposes its host in every iteration
+        let pace = Pace { start: Micros::ZERO, ..device.pace(Host::every(device.host)).with_noise(noise) };
         let clock = Clock::new(pace);
         Self {
             size: size.get(),
             chunk: device.chunk.max(1).into(),
             max_rows: device.max_rows.max(1) as usize,
-            host: device.host,
             before: clock.clone(),
             clock,
             pool: Pool::new(device.kv.0 / size.get()),
@@ -516,7 +515,7 @@ impl Engine {
 
     fn iteration(&mut self, work: &Iteration) -> Micros {
         // an iteration that takes no time would never end
-        (self.clock.iteration(work) + self.host).max(Micros(1))
+        self.clock.iteration(work).max(Micros(1))
     }
 
     /// Rows that decode get the blocks they need in this iteration. Whether one was preempted.

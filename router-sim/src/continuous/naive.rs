@@ -6,7 +6,7 @@ use router_core::{BlockHash, BlockSize, Iteration, Micros, Tokens};
 
 use super::{Arrival, Ended, Said};
 use crate::device::Device;
-use crate::timing::{Clock, Noise, Pace};
+use crate::timing::{Clock, Host, Noise, Pace};
 
 struct Row {
     request: u32,
@@ -29,7 +29,6 @@ pub(crate) struct Naive {
     size: u64,
     chunk: u64,
     max_rows: usize,
-    host: Micros,
     clock: Clock,
     total: u64,
     private: u64,
@@ -48,12 +47,11 @@ pub(crate) struct Naive {
 
 impl Naive {
     pub(crate) fn new(device: &Device, size: BlockSize, noise: Noise) -> Self {
-        let pace = Pace { law: device.law, chunk: device.chunk, start: Micros::ZERO, noise };
+        let pace = Pace { start: Micros::ZERO, ..device.pace(Host::every(device.host)).with_noise(noise) };
         Self {
             size: size.get(),
             chunk: device.chunk.into(),
             max_rows: device.max_rows as usize,
-            host: device.host,
             clock: Clock::new(pace),
             total: device.kv.0 / size.get(),
             private: 0,
@@ -238,7 +236,7 @@ impl Naive {
             self.running.push(row);
         }
         if !self.running.is_empty() {
-            self.due = Some(now + (self.clock.iteration(&work) + self.host).max(Micros(1)));
+            self.due = Some(now + self.clock.iteration(&work).max(Micros(1)));
         }
     }
 }
