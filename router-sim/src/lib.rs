@@ -4,6 +4,7 @@
 
 pub mod ablation;
 mod calendar;
+mod continuous;
 mod device;
 mod driver;
 mod fleet;
