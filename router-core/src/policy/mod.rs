@@ -9,13 +9,15 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use baseline::{LeastRequests, Random, RoundRobin};
-pub use product::{Product, ProductTime};
+pub use product::{Product, ProductAnticipating, ProductTime};
 
+pub use crate::anticipation::Anticipation;
 use crate::ids::WorkerId;
+use crate::name::nearest;
 use crate::units::{Blocks, Micros, Tokens};
 
 /// A worker that could take the row, as the router sees it at the decision.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Candidate {
     /// The worker.
     pub worker: WorkerId,
@@ -32,6 +34,8 @@ pub struct Candidate {
     pub joined: Micros,
     /// Blocks that the running batch cannot need.
     pub free: Blocks,
+    /// The hotspot guard keeps the row from it, whatever its score.
+    pub filtered: bool,
 }
 
 /// What a policy sees.
@@ -41,6 +45,8 @@ pub struct View<'a> {
     pub candidates: &'a [Candidate],
     /// Decisions made before this one: rotates ties and turns.
     pub turn: u64,
+    /// What is expected of the requests to come.
+    pub anticipation: Anticipation,
 }
 
 /// Gives each candidate a score; the smallest wins.
@@ -58,13 +64,13 @@ pub fn choose(policy: &dyn Policy, view: View<'_>, scores: &mut Vec<u128>) -> Op
     least(view, scores)
 }
 
-/// The index of the winner by these scores: least score, then least work, then most free blocks, then the first from
-/// a start that rotates with the turn (a fixed start would pile ties up on the first worker).
+/// The index of the winner by these scores, of those that are not filtered: least score, then least work, then most free
+/// blocks, then the first from a start that rotates with the turn (a fixed start would pile ties up on the first worker).
 pub fn least(view: View<'_>, scores: &[u128]) -> Option<usize> {
     let n = view.candidates.len().min(scores.len());
     let start = view.turn.checked_rem(n as u64)? as usize;
     // of equals the first is kept
-    (start..n).chain(0..start).min_by_key(|&at| {
+    (start..n).chain(0..start).filter(|&at| !view.candidates[at].filtered).min_by_key(|&at| {
         let c = &view.candidates[at];
         (scores[at], c.work, Reverse(c.free))
     })
@@ -81,6 +87,8 @@ fn from_turn(view: View<'_>, turn: u64, at: usize) -> u64 {
 pub enum PolicyName {
     /// `(Q + u) * (b + 1)`.
     Product,
+    /// `(Q + u) * (b + 1) * (1 + lambda * c_p * u)`.
+    ProductAnticipating,
     /// The product in seconds.
     ProductTime,
     /// In turn.
@@ -93,12 +101,20 @@ pub enum PolicyName {
 
 impl PolicyName {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Product, Self::ProductTime, Self::RoundRobin, Self::Random, Self::LeastRequests];
+    pub const ALL: [Self; 6] = [
+        Self::Product,
+        Self::ProductAnticipating,
+        Self::ProductTime,
+        Self::RoundRobin,
+        Self::Random,
+        Self::LeastRequests,
+    ];
 
     /// The policy; `seed` is used by `random` alone.
     pub fn policy(self, seed: u64) -> Box<dyn Policy> {
         match self {
             Self::Product => Box::new(Product),
+            Self::ProductAnticipating => Box::new(ProductAnticipating),
             Self::ProductTime => Box::new(ProductTime),
             Self::RoundRobin => Box::new(RoundRobin),
             Self::Random => Box::new(Random { seed }),
@@ -110,6 +126,7 @@ impl PolicyName {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Product => "product",
+            Self::ProductAnticipating => "product_anticipating",
             Self::ProductTime => "product_time",
             Self::RoundRobin => "round_robin",
             Self::Random => "random",
@@ -126,8 +143,17 @@ impl fmt::Display for PolicyName {
 
 /// There is no policy of this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no such policy: {0}\npolicies: product, product_time, round_robin, random, least_requests")]
+#[error("no such policy: {0}\n{hint}", hint = self.hint())]
 pub struct UnknownPolicy(String);
+
+impl UnknownPolicy {
+    /// The policy it may have been meant to be, and all there are.
+    fn hint(&self) -> String {
+        let names = PolicyName::ALL.map(PolicyName::as_str);
+        let meant = nearest(&self.0, names).map_or_else(String::new, |name| format!("did you mean {name}? "));
+        format!("{meant}policies: {}", names.join(", "))
+    }
+}
 
 impl FromStr for PolicyName {
     type Err = UnknownPolicy;
@@ -149,14 +175,16 @@ mod tests {
             new_tokens: Tokens(new),
             queued: Tokens(queued),
             batch_size: batch,
-            work: Micros(0),
-            joined: Micros(0),
-            free: Blocks(0),
+            ..Candidate::default()
         }
     }
 
+    fn view(candidates: &[Candidate], turn: u64) -> View<'_> {
+        View { candidates, turn, anticipation: Anticipation::default() }
+    }
+
     fn winner(name: PolicyName, candidates: &[Candidate], turn: u64) -> usize {
-        choose(&*name.policy(9), View { candidates, turn }, &mut Vec::new()).expect("candidates")
+        choose(&*name.policy(9), view(candidates, turn), &mut Vec::new()).expect("candidates")
     }
 
     /// (new, queued, batch) of each candidate, and who wins under each policy at turn 0.
@@ -218,7 +246,11 @@ mod tests {
         for name in PolicyName::ALL {
             assert_eq!(name.as_str().parse(), Ok(name));
         }
-        assert!("prodcut".parse::<PolicyName>().is_err());
+        let refused = |name: &str| name.parse::<PolicyName>().expect_err("a typo").to_string();
+        assert!(refused("prodcut").contains("did you mean product?"));
+        assert!(refused("product-anticipating").contains("did you mean product_anticipating?"));
+        assert!(refused("least_request").contains("did you mean least_requests?"));
+        assert!(!refused("sticky").contains("did you mean"), "nothing is like it");
     }
 
     proptest! {
