@@ -48,7 +48,7 @@ pub use policy::{
     choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
-pub use record::{BatchOutcome, BatchRecord};
+pub use record::{BatchOutcome, BatchRecord, Work};
 pub use router::{Choice, Commit, Prompt, Router, RouterError, Seen, WorkerState};
 pub use scheduler::{Config, Moves, Scheduler};
 pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};
