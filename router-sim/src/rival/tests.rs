@@ -1,7 +1,8 @@
 //! One case table for all: (policy, workers, winner), each worked out by hand.
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Candidate, CostModel, Micros, PagedPrefill, PagedStep, Seen, Tokens, WorkerId, least,
+    Anticipation, BlockHash, BlockSize, Blocks, Candidate, CostModel, Micros, PagedPrefill, PagedStep, Seen, Tokens,
+    WorkerId, least,
 };
 
 use super::{Engine, Rival, Sight, make, names};
@@ -83,9 +84,11 @@ fn ask(rival: &mut dyn Rival, workers: &[W], ask: &Ask) -> usize {
         work: Micros::ZERO,
         joined: Micros::ZERO,
         free: Blocks::ZERO,
+        filtered: false,
     });
     let names = workers.iter().enumerate().map(|(at, _)| at.to_string().into()).collect();
-    let seen = Seen { tokens: Tokens(LENGTH), turn: ask.decision, candidates: candidates.collect(), names };
+    let (candidates, anticipation) = (candidates.collect(), Anticipation::default());
+    let seen = Seen { tokens: Tokens(LENGTH), turn: ask.decision, candidates, names, anticipation };
     let engines: Vec<Engine> = workers
         .iter()
         .map(|w| Engine {
