@@ -75,6 +75,8 @@ pub(crate) struct Running {
     pub(crate) follows: bool,
     pub(crate) forecast: Forecast,
     pub(crate) record: BatchRecord,
+    /// Its rows, and the tokens each entered it with.
+    pub(crate) entered: Vec<(RowKey, Tokens)>,
     /// Iterations it will have run when it ends, as far as is known: fewer than its steps once it was cut.
     pub(crate) ends_after: u32,
     /// Iterations seen.
@@ -157,6 +159,12 @@ impl Worker {
         let model = self.estimator.model();
         let before = tokens.saturating_sub(prefill);
         self.estimator.time(model.prefill(prefill, before) + model.marginal(tokens, steps.0))
+    }
+
+    /// Seconds of prefill a token, as one chunk takes them.
+    pub(crate) fn prefill_time(&self) -> f64 {
+        let chunk = Tokens(self.spec.chunk.0.max(1));
+        self.estimator.model().prefill(chunk, Tokens::ZERO) * self.estimator.correction() / chunk.0 as f64
     }
 
     /// A slice of `steps` iterations less what its rows cost.

@@ -173,7 +173,7 @@ impl Norm {
         [("weights", weights), ("token", token), ("kv", kv), ("pair", pair), ("row", row)]
     }
 
-    fn seconds(&self, it: &Iteration) -> f64 {
+    pub(crate) fn seconds(&self, it: &Iteration) -> f64 {
         // only a worker that pads has a longest row; its prefill pass is all prefill
         let decoding = if it.prefill > 0 && it.longest > 0 { 0 } else { it.rows };
         let computed = (decoding + it.prefill) as f64;
