@@ -46,7 +46,7 @@ fn trace(requests: &[What]) -> Trace {
     trace
 }
 
-fn a_run<'a>(trace: &'a Trace, fleet: Fleet, system: System) -> Run<'a> {
+fn a_run(trace: &Trace, fleet: Fleet, system: System) -> Run<'_> {
     let (until, sample_every) = (Micros(3_600 * SECOND.0), SECOND);
     Run { trace, fleet, system, sessions: Sessions::Closed, limit: 50, seed: 3, until, sample_every }
 }
@@ -59,7 +59,7 @@ fn log(run: &Run<'_>) -> (Record, Vec<(Micros, u32, Choice)>) {
 }
 
 fn steady(count: u64) -> Trace {
-    let of = |i: u64| (i * 40, (i % 3 > 0).then_some((i % 7) as u32), (i % 5) as u32, 3 + (i % 90) as u32, 30);
+    let of = |i: u64| (i * 40, (!i.is_multiple_of(3)).then_some((i % 7) as u32), (i % 5) as u32, 3 + (i % 90) as u32, 30);
     trace(&(0..count).map(of).collect::<Vec<_>>())
 }
 
@@ -111,7 +111,9 @@ fn without_commits_a_burst_goes_to_one_worker() {
     let workers = |system| {
         let (_, log) = log(&a_run(&trace, Fleet { delay: Micros(10 * SECOND.0), ..fleet(3) }, system));
         let mut counts = [0; 3];
-        log.iter().for_each(|(_, _, choice)| counts[choice.at] += 1);
+        for (_, _, choice) in &log {
+            counts[choice.at] += 1;
+        }
         counts
     };
     let policy = "least_requests".to_owned();
