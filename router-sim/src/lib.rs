@@ -4,12 +4,15 @@
 
 pub mod ablation;
 mod calendar;
+mod continuous;
 mod device;
 mod driver;
 mod fleet;
 mod kv;
+mod ledger;
 mod lengths;
 mod modelled;
+mod named;
 mod outcome;
 mod plans;
 mod random;
@@ -24,7 +27,7 @@ mod timing;
 mod trace;
 mod worker;
 
-pub use device::Device;
+pub use device::{Device, DeviceError};
 pub use driver::{Chaos, Simulation};
 pub use lengths::{Lengths, Sample, synthetic};
 pub use modelled::Modelled;
@@ -35,6 +38,6 @@ pub use sequence::{Terms, next_token};
 pub use served::{GuardCounts, Lane, Record, Sample as FleetSample, Served};
 pub use static_worker::StaticWorker;
 pub use summary::{Dist, Slo, Summary};
-pub use timing::{Law, Noise, Norm, Pace, Timing};
+pub use timing::{Host, Law, Noise, Norm, Pace, Timing};
 pub use trace::{Trace, TraceRequest};
 pub use worker::{Command, SliceWorker};
