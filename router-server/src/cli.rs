@@ -252,6 +252,8 @@ pub struct ServeArgs {
 enum Policy {
     /// New prefill tokens times batch size; the smallest wins.
     Product,
+    /// The product, times what the prefill would cost the requests that arrive meanwhile; the smallest wins.
+    ProductAnticipating,
     /// The time of one slice there times batch size; the smallest wins.
     ProductTime,
     /// One after the other.
@@ -266,6 +268,7 @@ impl Policy {
     fn core(self) -> (PolicyName, &'static str) {
         match self {
             Self::Product => (PolicyName::Product, "product"),
+            Self::ProductAnticipating => (PolicyName::ProductAnticipating, "product_anticipating"),
             Self::ProductTime => (PolicyName::ProductTime, "product_time"),
             Self::RoundRobin => (PolicyName::RoundRobin, "round_robin"),
             Self::Random => (PolicyName::Random, "random"),
