@@ -259,7 +259,7 @@ fn draws(pool: &mut Pool, batch: u64, row: u64, first_index: u32, ids: usize, fi
 }
 
 #[test]
-fn a_continuation_stays_unless_request_seconds_at_both_ends_say_otherwise() {
+fn property_13_a_continuation_stays_unless_request_seconds_at_both_ends_say_otherwise() {
     // steps cost by the row
     let spec = WorkerSpec { cost: Some(cost()), blocks: Blocks(1000), ..spec() };
     let mut pool = pool_of(Some(8), spec.clone());
