@@ -53,7 +53,7 @@ pub use policy::{
     RoundRobin, UnknownPolicy, View, choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
-pub use record::{BatchOutcome, BatchRecord};
+pub use record::{BatchOutcome, BatchRecord, Work};
 pub use router::{Choice, Commit, Prompt, Router, RouterError, Seen, WorkerState};
 pub use scheduler::{Config, Moves, Scheduler};
 pub use units::{BlockSize, Blocks, Bytes, Micros, Tokens};

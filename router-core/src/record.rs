@@ -1,9 +1,9 @@
 //! What was known of a batch before it ran, beside what happened.
 
-use crate::cost::Band;
-use crate::event::BatchEnd;
-use crate::ids::{PlanNo, WorkerId};
-use crate::units::{Blocks, Micros};
+use crate::cost::{Band, BatchLoad, CostModel};
+use crate::event::{BatchEnd, SliceReport};
+use crate::ids::{PlanNo, RowKey, WorkerId};
+use crate::units::{Blocks, Micros, Tokens};
 
 /// A batch, fixed when it started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +39,75 @@ pub struct BatchOutcome {
     pub band: Band,
     /// Most blocks in use at once.
     pub peak: Blocks,
+    /// What it computed.
+    pub work: Work,
+}
+
+/// What a batch computed, summed over its iterations: enough to say what a cost model makes of it, and to fit one again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Iterations with prefill in them. Of rows that ended in the batch nobody says when they began to decode: where no
+    /// other row was prefilled, it is one.
+    pub fills: u32,
+    /// Tokens prefilled.
+    pub prefill: Tokens,
+    /// Pairs of a prefilled token and one it attends.
+    pub pairs: u64,
+    /// Decode steps of all rows.
+    pub decoded: u64,
+    /// Tokens that these saw.
+    pub context: Tokens,
+    /// Tokens of the longest row at the start.
+    pub longest: Tokens,
+}
+
+impl Work {
+    /// Of rows that `entered` with so many tokens, by the worker's report.
+    pub(crate) fn of(entered: &[(RowKey, Tokens)], report: &SliceReport) -> Self {
+        let mut entered = entered.to_vec();
+        entered.sort_unstable_by_key(|(key, _)| *key);
+        let mut work = Self::default();
+        for row in &report.rows {
+            let Ok(at) = entered.binary_search_by_key(&row.key, |(key, _)| *key) else { continue };
+            let (from, computed, emitted) = (entered[at].1, row.computed.0, row.emitted.0);
+            work.longest = work.longest.max(from);
+            // a row that only decodes computes a token for each it draws; the last chunk of a prefill draws one too
+            let fills = computed != emitted;
+            let prefill = if fills { computed.saturating_add(1).saturating_sub(emitted.max(1)) } else { 0 };
+            let steps = emitted.saturating_sub(u64::from(fills));
+            let first = from.0.saturating_add(u64::from(fills));
+            work.decoded = work.decoded.saturating_add(steps);
+            let seen = steps.saturating_mul(first).saturating_add(triangle(steps.saturating_sub(1)));
+            work.context += Tokens(seen);
+            if fills {
+                let before = from.0.saturating_sub(prefill);
+                let pairs = prefill.saturating_mul(before).saturating_add(triangle(prefill));
+                work.prefill += Tokens(prefill);
+                work.pairs = work.pairs.saturating_add(pairs);
+                let steps = u64::from(report.steps);
+                let until = if row.finish.is_some() { 1 } else { steps.saturating_sub(emitted) + 1 };
+                work.fills = work.fills.max(until.min(steps) as u32);
+            }
+        }
+        work
+    }
+
+    /// Seconds of a batch of `rows` rows and `steps` iterations with this work in them.
+    pub fn seconds(&self, model: &CostModel, rows: u64, steps: u32) -> f64 {
+        match model {
+            CostModel::Padded { .. } => {
+                model.slice(&BatchLoad { rows, longest: self.longest, ..BatchLoad::default() }, steps.into())
+            }
+            CostModel::Paged { prefill, step } => {
+                step.constant * f64::from(steps)
+                    + step.per_row * self.decoded as f64
+                    + step.per_context * self.context.0 as f64
+                    + prefill.constant * f64::from(self.fills)
+                    + prefill.per_token * self.prefill.0 as f64
+                    + prefill.per_pair * self.pairs as f64
+            }
+        }
+    }
 }
 
 impl BatchOutcome {
@@ -46,4 +115,9 @@ impl BatchOutcome {
     pub fn covered(&self) -> bool {
         self.band.contains(self.time)
     }
+}
+
+/// The sum of 1 to `n`.
+fn triangle(n: u64) -> u64 {
+    n.saturating_mul(n.saturating_add(1)) / 2
 }

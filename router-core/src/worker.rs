@@ -75,6 +75,8 @@ pub(crate) struct Running {
     pub(crate) follows: bool,
     pub(crate) forecast: Forecast,
     pub(crate) record: BatchRecord,
+    /// Its rows, and the tokens each entered it with.
+    pub(crate) entered: Vec<(RowKey, Tokens)>,
     /// Iterations it will have run when it ends, as far as is known: fewer than its steps once it was cut.
     pub(crate) ends_after: u32,
     /// Iterations seen.

@@ -1,9 +1,14 @@
 //! The hotspot guard beside one that counts everything anew, and in a burst made for it.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use proptest::prelude::*;
-use router_core::{BlockHash, BlockSize, Choice, DecisionId, PolicyName, Prompt, Router, Tokens};
+use router_core::{
+    BlockHash, BlockSize, Blocks, Choice, Config, Decision, DecisionId, Epoch, Event, Layout, Micros, Mode, ModelSpec,
+    NewRequest, PolicyName, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    hash_blocks,
+};
 
 const SIZE: u64 = 16;
 
@@ -146,4 +151,74 @@ fn property_5_a_burst_is_filtered_until_it_is_safe() {
         assert_eq!((hotspots.alarmed, hotspots.filtering), (0, 0), "it stays clear");
         assert!(hotspots.filtered <= workers / 2, "no more than it takes: {hotspots:?}");
     }
+}
+
+/// Four workers, one of which holds 2,048 tokens that every other request begins with; no row ever runs.
+fn scheduler(policy: PolicyName, guard: bool) -> Scheduler {
+    let block_size = BlockSize::new(SIZE as u32).expect("not zero");
+    let model = ModelSpec { digest: "m".into(), tokenizer: "t".into(), block_size, vocab: 10_000 };
+    let config = Config { policy, mode: Mode::Slice, slice_len: None, seed: 0, max_rows: 1000 };
+    let mut scheduler = Scheduler::new(model.clone(), config).with_guard(guard);
+    let mut actions = Vec::new();
+    let hot: Vec<u32> = (0..2048).collect();
+    for slot in 0..4 {
+        let (worker, epoch, name) = (WorkerId(slot), Epoch(1), format!("w{slot}"));
+        let spec = WorkerSpec {
+            name,
+            epoch,
+            model: model.clone(),
+            blocks: Blocks(1 << 20),
+            max_rows: 64,
+            max_context: Tokens(1 << 20),
+            chunk: Tokens(512),
+            layout: Layout::Paged,
+            cost: None,
+        };
+        scheduler.handle(Micros(1), Event::WorkerJoined { worker, spec }, &mut actions);
+        let hashes = if slot == 0 { hash_blocks(BlockHash(0), &hot, block_size) } else { Vec::new() };
+        let message = WorkerMessage::Snapshot { chunk: 0, last: true, hashes };
+        scheduler.handle(Micros(1), Event::Worker { worker, epoch, seq: 1, message }, &mut actions);
+    }
+    for id in 0..80u64 {
+        let own = 5000 + id as u32;
+        let prompt: Arc<[u32]> =
+            if id % 2 == 0 { hot.iter().copied().chain([own]).collect() } else { [own; 40].into() };
+        let (choices, max_tokens) = (1, Tokens(100));
+        let request = NewRequest { id: RequestId(id), prompt, root: BlockHash(0), choices, max_tokens, urgent: false };
+        scheduler.handle(Micros(id * 100_000), Event::RequestArrived(request), &mut actions);
+    }
+    scheduler
+}
+
+#[test]
+fn the_scheduler_guards_and_its_records_explain_it() {
+    for policy in [PolicyName::Product, PolicyName::ProductAnticipating] {
+        let scheduler = scheduler(policy, true);
+        let hotspots = scheduler.hotspots().expect("a guard");
+        assert!(hotspots.alarms >= 1 && hotspots.filtered >= 1, "{policy}: {hotspots:?}");
+        let was_filtered = |decision: &&Decision| decision.guard.is_some_and(|sighting| sighting.filtered);
+        let filtered: Vec<_> = scheduler.decisions().filter(was_filtered).collect();
+        assert_eq!(filtered.len() as u64, hotspots.filtered);
+        for decision in filtered {
+            let sighting = decision.guard.expect("filtered");
+            assert_eq!(sighting.depth, Blocks(112), "of 128 shared blocks: the depth of the ladder before");
+            let held = decision.candidates.iter().filter(|candidate| candidate.filtered);
+            assert_eq!(held.count() as u32, sighting.holders);
+            assert!(!decision.chosen().expect("the winner").filtered && sighting.preferred && sighting.alarm);
+        }
+        for decision in scheduler.decisions() {
+            assert_eq!(decision.recompute(), Some(decision.worker), "{decision:?}");
+        }
+        let last = scheduler.decisions().last().expect("eighty").anticipation;
+        let anticipating = policy == PolicyName::ProductAnticipating;
+        assert_eq!(
+            (last.arrivals_a_second() - 2.5).abs() < 0.05,
+            anticipating,
+            "ten a second at four workers: {last:?}"
+        );
+        assert_eq!(last.seconds_a_token() > 0.0, anticipating);
+    }
+    let unguarded = self::scheduler(PolicyName::Product, false);
+    assert_eq!(unguarded.hotspots(), None);
+    assert!(unguarded.decisions().all(|decision| decision.guard.is_none()));
 }

@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Setting;
 use crate::mock::MockArgs;
 use crate::pool::PoolConfig;
+use crate::simulate::SimulateArgs;
 
 /// Product routing and slice-level scheduling of LLM inference.
 ///
@@ -53,6 +54,9 @@ pub enum Command {
     /// Measure what iterations cost on this machine, for `up --cost-model`.
     #[command(args_override_self = true)]
     Calibrate(CalibrateArgs),
+    /// Run requests through modelled workers in virtual time: plan a fleet, compare policies.
+    #[command(args_override_self = true)]
+    Simulate(Box<SimulateArgs>),
     /// Be a worker without a model, for tests.
     #[command(args_override_self = true)]
     MockWorker {

@@ -295,7 +295,10 @@ async fn batches(State(app): State<Arc<App>>) -> Json<Value> {
                 BatchEnd::Error => "error",
             };
             json!({"end": end, "steps": outcome.steps, "time_us": outcome.time.0, "lo_us": outcome.band.lo.0,
-                   "hi_us": outcome.band.hi.0, "covered": outcome.covered(), "peak_blocks": outcome.peak.0})
+                   "hi_us": outcome.band.hi.0, "covered": outcome.covered(), "peak_blocks": outcome.peak.0,
+                   "fills": outcome.work.fills, "prefill_tokens": outcome.work.prefill.0, "pairs": outcome.work.pairs,
+                   "decoded_tokens": outcome.work.decoded, "context_tokens": outcome.work.context.0,
+                   "longest_tokens": outcome.work.longest.0})
         });
         json!({"worker": worker, "batch": record.batch.0, "at_us": record.at.0, "rows": record.rows,
                "steps": record.steps, "lo_us": record.band.lo.0, "bound_us": record.band.hi.0,

@@ -341,7 +341,7 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
-    use router_core::{Band, BatchEnd, BatchOutcome, Blocks, PlanNo, Tokens, WorkerId};
+    use router_core::{Band, BatchEnd, BatchOutcome, Blocks, PlanNo, Tokens, Work, WorkerId};
 
     use super::*;
 
@@ -405,7 +405,14 @@ mod tests {
         };
         let outcome = |steps: u32, time: u64, peak: u64| {
             let band = Band { lo: Micros(900), hi: Micros(1_100) };
-            Some(BatchOutcome { end: BatchEnd::Cut, steps, time: Micros(time), band, peak: Blocks(peak) })
+            Some(BatchOutcome {
+                end: BatchEnd::Cut,
+                steps,
+                time: Micros(time),
+                band,
+                peak: Blocks(peak),
+                work: Work::default(),
+            })
         };
         for of in [
             None,

@@ -320,6 +320,11 @@ impl Scheduler {
         self.workers.iter().map(|(&id, worker)| self.load(id, worker)).collect()
     }
 
+    /// b and Q of every worker, in order of slot: what can be asked often.
+    pub fn sizes(&self) -> impl Iterator<Item = (u64, Tokens)> {
+        self.workers.values().map(|worker| (worker.batch_size(), worker.queued))
+    }
+
     fn load(&self, id: WorkerId, worker: &Worker) -> WorkerLoad {
         let size = self.model.block_size;
         let held = || {

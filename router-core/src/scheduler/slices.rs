@@ -7,7 +7,7 @@ use crate::cut::Verdict;
 use crate::event::{Action, BatchEnd, FinishReason, SliceReport};
 use crate::ids::{RowKey, WorkerId};
 use crate::mode::Mode;
-use crate::record::{BatchOutcome, BatchRecord};
+use crate::record::{BatchOutcome, BatchRecord, Work};
 use crate::row::Stage;
 use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Running};
@@ -25,7 +25,7 @@ impl Scheduler {
     ) {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         let (mut gone, mut loads, mut members) = (Vec::new(), Vec::new(), Vec::new());
-        let mut stage = Vec::new();
+        let mut entered = Vec::new();
         for key in &batch.members {
             match self.rows.get_mut(&key.row) {
                 Some(row) if row.is_at(*key, id) => {
@@ -34,7 +34,7 @@ impl Scheduler {
                     let Some(home) = row.home_mut() else { continue };
                     home.known = true;
                     loads.push(RowLoad { tokens, uncomputed: home.prefill.max(Tokens(1)), left, budget: home.budget });
-                    stage.push((*key, tokens));
+                    entered.push((*key, tokens));
                     members.push(*key);
                 }
                 // finished rows are gone at the worker too; a row with a newer attempt lives elsewhere
@@ -59,9 +59,11 @@ impl Scheduler {
         worker.joins.begin(now);
         let ends_after = batch.steps;
         let batch = Batch { members, ..batch };
-        worker.running = Some(Running { batch, live: 0, follows, forecast, record, ends_after, seen: 0, cut: false });
+        let rows = entered.clone();
+        let running = Running { batch, live: 0, follows, forecast, record, entered, ends_after, seen: 0, cut: false };
+        worker.running = Some(running);
         worker.dirty = true;
-        for (key, from) in stage {
+        for (key, from) in rows {
             if let Some(home) = here(&mut self.rows, key, id) {
                 worker.restage(home, Stage::Running { from });
             }
@@ -104,7 +106,8 @@ impl Scheduler {
             let emitted: Tokens = report.rows.iter().map(|row| row.emitted).sum();
             let stopped = report.rows.iter().filter(|row| row.finish == Some(FinishReason::Stop)).count();
             worker.estimator.observe_ends(emitted.0, stopped as u64);
-            let outcome = BatchOutcome { end: report.end, steps: report.steps, time, band, peak: report.peak };
+            let work = Work::of(&running.entered, report);
+            let outcome = BatchOutcome { end: report.end, steps: report.steps, time, band, peak: report.peak, work };
             if self.batches.len() == LATEST {
                 self.batches.pop_front();
             }
