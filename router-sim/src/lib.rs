@@ -25,7 +25,7 @@ mod served;
 mod static_worker;
 pub mod summary;
 mod timing;
-mod trace;
+pub mod trace;
 mod validate;
 mod worker;
 
@@ -42,6 +42,6 @@ pub use served::{GuardCounts, Lane, Record, Sample as FleetSample, Served};
 pub use static_worker::StaticWorker;
 pub use summary::{Dist, Slo, Summary};
 pub use timing::{Host, Law, Noise, Norm, Pace, Timing};
-pub use trace::{Trace, TraceRequest};
+pub use trace::{Burst, Trace, TraceError, TraceRequest};
 pub use validate::{Fidelity, Metric, validate};
 pub use worker::{Command, SliceWorker};
