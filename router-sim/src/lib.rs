@@ -31,6 +31,7 @@ mod worker;
 
 pub use device::{Device, DeviceError};
 pub use driver::{Chaos, Simulation};
+pub use fleet::follow;
 pub use lengths::{Lengths, Sample, synthetic};
 pub use modelled::Modelled;
 pub use outcome::{Outcome, RowOutcome, WorkerOutcome};
