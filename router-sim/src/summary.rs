@@ -217,9 +217,11 @@ fn counts(run: &Run<'_>, record: &Record, measured: &[&Served]) -> Vec<(&'static
     let preempted: u64 = record.served.iter().map(|one| u64::from(one.slices)).sum();
     vec![
         ("iterations", Some(workers(|w| w.iterations))),
+        ("computed", Some(workers(|w| w.computed.0))),
         ("pad", Some(workers(|w| w.pad.0))),
         ("invalid", Some(workers(|w| w.invalid.0))),
         ("slices_mean", (slices && number > 0).then(|| taken as f64 / f64::from(number))),
+        ("early_returns", slices.then(|| workers(|w| w.early))),
         ("cuts", slices.then(|| workers(|w| w.cuts))),
         ("evicted", Some(workers(|w| w.evicted.0))),
         ("preempted", (!slices).then_some(preempted as f64)),
