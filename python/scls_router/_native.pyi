@@ -349,6 +349,7 @@ class Decision:
         worker: str,
         candidates: Sequence[tuple[str, int, int, int]],
         scores: Sequence[int],
+        anticipation: tuple[float, float] = (0.0, 0.0),
     ) -> Decision:
         """A record put together again, as a pickle does.
 
@@ -375,6 +376,10 @@ class Decision:
     @property
     def tokens(self) -> int:
         """Of the prompt."""
+
+    @property
+    def anticipation(self) -> tuple[float, float]:
+        """What ``product_anticipating`` expects: arrivals a second at each worker, and seconds of prefill a token."""
 
     @property
     def worker(self) -> str:
@@ -453,8 +458,8 @@ class Router:
 
     One without is added with its capacity in ``blocks``: it is taken to hold what was used there last.
 
-    A policy is a name (``product``, ``round_robin``, ``random``, ``least_requests``) or a callable that takes a
-    `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
+    A policy is a name (``product``, ``product_anticipating``, ``round_robin``, ``random``, ``least_requests``) or a
+    callable that takes a `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
     ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
     that does: the router is locked while it runs.
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple, PyType};
-use router_core::{Blocks, Candidate, Choice, DecisionId, Micros, PolicyName, Seen, Tokens, WorkerId, choose, least};
+use router_core::{Anticipation, Candidate, Choice, DecisionId, PolicyName, Seen, Tokens, WorkerId, choose, least};
 
 use crate::class::Class;
 
@@ -23,6 +23,7 @@ pub(crate) struct Decision {
 #[pymethods]
 impl Decision {
     #[new]
+    #[pyo3(signature = (id, policy, seed, turn, tokens, worker, candidates, scores, anticipation = (0.0, 0.0)))]
     #[allow(clippy::too_many_arguments)] // a record: all of it is given, by name or by a pickle
     fn new(
         id: Option<u64>,
@@ -33,6 +34,7 @@ impl Decision {
         worker: &str,
         candidates: Vec<(String, u64, u64, u64)>,
         scores: Vec<u128>,
+        anticipation: (f64, f64),
     ) -> PyResult<Self> {
         let at = candidates.iter().position(|(name, ..)| name == worker);
         let at = at.filter(|_| scores.len() == candidates.len()).ok_or_else(|| {
@@ -44,12 +46,11 @@ impl Decision {
             new_tokens: Tokens(new),
             queued: Tokens(queued),
             batch_size,
-            work: Micros::ZERO,
-            joined: Micros::ZERO,
-            free: Blocks::ZERO,
+            ..Candidate::default()
         });
-        let view = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names };
-        let choice = Choice { id: id.map(DecisionId), seen: view, scores, at };
+        let anticipation = Anticipation::new(anticipation.0, anticipation.1);
+        let seen = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names, anticipation };
+        let choice = Choice { id: id.map(DecisionId), seen, scores, at, guard: None };
         Ok(Self { choice, policy: Arc::from(policy), seed })
     }
 
@@ -81,6 +82,13 @@ impl Decision {
     #[getter]
     fn tokens(&self) -> u64 {
         self.choice.seen.tokens.0
+    }
+
+    /// What ``product_anticipating`` expects: arrivals a second at each worker, and seconds of prefill a token.
+    #[getter]
+    fn anticipation(&self) -> (f64, f64) {
+        let expected = self.choice.seen.anticipation;
+        (expected.arrivals_a_second(), expected.seconds_a_token())
     }
 
     /// Who gets it.
@@ -147,8 +155,9 @@ impl Decision {
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyType>, Bound<'py, PyTuple>)> {
         let seen = &self.choice.seen;
         let candidates: Vec<_> = seen.candidates.iter().zip(&*seen.names).map(|(c, name)| plain(c, name)).collect();
-        let fields =
-            (self.id(), self.policy(), self.seed, seen.turn, seen.tokens.0, self.worker(), candidates, self.scores());
+        let (id, policy, worker, scores) = (self.id(), self.policy(), self.worker(), self.scores());
+        let expected = self.anticipation();
+        let fields = (id, policy, self.seed, seen.turn, seen.tokens.0, worker, candidates, scores, expected);
         Ok((py.get_type::<Self>(), fields.into_pyobject(py)?))
     }
 

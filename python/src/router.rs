@@ -4,12 +4,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
+use std::time::Instant;
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
-use router_core::{BlockHash, BlockSize, Blocks, Choice, DecisionId, PolicyName, Prompt, Seen};
+use router_core::{BlockHash, BlockSize, Blocks, Choice, DecisionId, Micros, PolicyName, Prompt, Seen};
 use router_server::tokenizer::Tokenizer;
 
 use crate::class::Class;
@@ -54,8 +55,8 @@ enum Policy {
 ///
 /// One without is added with its capacity in ``blocks``: it is taken to hold what was used there last.
 ///
-/// A policy is a name (``product``, ``round_robin``, ``random``, ``least_requests``) or a callable that takes a
-/// `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
+/// A policy is a name (``product``, ``product_anticipating``, ``round_robin``, ``random``, ``least_requests``) or a
+/// callable that takes a `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
 /// ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
 /// that does: the router is locked while it runs.
 ///
@@ -78,6 +79,8 @@ enum Policy {
 #[pyclass(frozen, module = "scls_router")]
 pub(crate) struct Router {
     core: Mutex<router_core::Router>,
+    /// Its clock begins here.
+    start: Instant,
     /// The thread in which a policy written in Python runs now: it holds the lock.
     deciding: Mutex<Option<ThreadId>>,
     policy: Policy,
@@ -108,7 +111,8 @@ impl Router {
         let tokenizer = tokenizer.map(|path| py.detach(|| load(&path))).transpose()?;
         let core = Mutex::new(router_core::Router::new(size));
         let (deciding, root) = (Mutex::new(None), BlockHash(hash_root));
-        Ok(Self { core, deciding, policy, policy_name, seed, size, root, tokenizer })
+        let start = Instant::now();
+        Ok(Self { core, start, deciding, policy, policy_name, seed, size, root, tokenizer })
     }
 
     /// A worker that holds nothing yet.
@@ -304,7 +308,12 @@ impl Router {
         if *held(&self.deciding) == Some(thread::current().id()) {
             return Err(PyRuntimeError::new_err("a policy decides from its view alone: it called its own router"));
         }
-        Ok(py.detach(|| call(&mut held(&self.core))))
+        Ok(py.detach(|| {
+            let mut core = held(&self.core);
+            // inside the lock, so that times come in order
+            core.advance(Micros(u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX)));
+            call(&mut core)
+        }))
     }
 
     fn prompt(&self, given: &Bound<'_, PyAny>) -> PyResult<Prompt> {

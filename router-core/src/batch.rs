@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn no_partition_is_cheaper() {
+    fn property_6_no_partition_is_cheaper() {
         for case in 0..10_000 {
             let mut dice = Dice(case);
             let batcher = batcher(&mut dice);

@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 
+use crate::guard::Sighting;
 use crate::ids::{DecisionId, RowId, WorkerId};
-use crate::policy::{Candidate, PolicyName, View, choose};
+use crate::policy::{Anticipation, Candidate, PolicyName, View, choose};
 use crate::units::{Micros, Tokens};
 
 /// Why a row went where it went.
@@ -23,7 +24,11 @@ pub struct Decision {
     pub seed: u64,
     /// Decisions before this one.
     pub turn: u64,
-    /// Who could have it.
+    /// What was expected of the requests to come.
+    pub anticipation: Anticipation,
+    /// What the hotspot guard made of the prompt, if it is one of a class.
+    pub guard: Option<Sighting>,
+    /// Who could have it, and who could but for the guard.
     pub candidates: Vec<Candidate>,
     /// Their scores.
     pub scores: Vec<u128>,
@@ -34,7 +39,7 @@ pub struct Decision {
 impl Decision {
     /// The choice made again from the record alone.
     pub fn recompute(&self) -> Option<WorkerId> {
-        let view = View { candidates: &self.candidates, turn: self.turn };
+        let view = View { candidates: &self.candidates, turn: self.turn, anticipation: self.anticipation };
         let at = choose(&*self.policy.policy(self.seed), view, &mut Vec::new())?;
         Some(self.candidates[at].worker)
     }

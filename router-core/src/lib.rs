@@ -3,6 +3,7 @@
 //! No I/O, no clock, no threads, no unseeded randomness: times and seeds are arguments, so the server, the Python
 //! module and the simulator run the very same objects. Start reading at [`Scheduler::handle`].
 
+mod anticipation;
 mod batch;
 mod block;
 mod constants;
@@ -10,10 +11,12 @@ mod cost;
 mod cut;
 mod decision;
 mod event;
+mod guard;
 mod ids;
 mod index;
 mod memory;
 mod mode;
+mod name;
 mod offload;
 mod output;
 mod plan;
@@ -38,14 +41,16 @@ pub use event::{
     Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart,
     RowTokens, SliceReport, TokenLogprobs, WorkerMessage,
 };
+pub use guard::{Hotspots, Sighting};
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
 pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};
 pub use mode::{Batching, Interval, Mode, Offload, Pooled, UnknownMode};
+pub use name::nearest;
 pub use offload::Offloader;
 pub use policy::{
-    Candidate, LeastRequests, Policy, PolicyName, Product, ProductTime, Random, RoundRobin, UnknownPolicy, View,
-    choose, least,
+    Anticipation, Candidate, LeastRequests, Policy, PolicyName, Product, ProductAnticipating, ProductTime, Random,
+    RoundRobin, UnknownPolicy, View, choose, least,
 };
 pub use pool::{Mismatch, ModelSpec, WorkerSpec};
 pub use record::{BatchOutcome, BatchRecord, Work};

@@ -188,7 +188,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn no_batch_passes_its_ceiling_and_one_in_which_nobody_ends_reaches_it() {
+    fn property_8_no_batch_passes_its_ceiling_and_one_in_which_nobody_ends_reaches_it() {
         for case in 0..cases(2_000, 100_000) {
             let mut dice = Dice(case);
             let size = 1 + dice.below(20);

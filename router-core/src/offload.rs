@@ -135,7 +135,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
         #[test]
-        fn lpt_stays_within_graham_s_bounds(
+        fn property_7_lpt_stays_within_graham_s_bounds(
             times in proptest::collection::vec(1u64..30, 0..9),
             start in proptest::collection::vec(0u64..40, 1..5),
         ) {

@@ -161,6 +161,12 @@ impl Worker {
         self.estimator.time(model.prefill(prefill, before) + model.marginal(tokens, steps.0))
     }
 
+    /// Seconds of prefill a token, as one chunk takes them.
+    pub(crate) fn prefill_time(&self) -> f64 {
+        let chunk = Tokens(self.spec.chunk.0.max(1));
+        self.estimator.model().prefill(chunk, Tokens::ZERO) * self.estimator.correction() / chunk.0 as f64
+    }
+
     /// A slice of `steps` iterations less what its rows cost.
     pub(crate) fn bare_slice(&self, steps: u32) -> Micros {
         let one = BatchLoad { rows: 1, longest: Tokens(1), context: Tokens(1), uncached: Tokens::ZERO };

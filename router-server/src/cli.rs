@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Setting;
 use crate::mock::MockArgs;
 use crate::pool::PoolConfig;
+use crate::simulate::SimulateArgs;
 
 /// Product routing and slice-level scheduling of LLM inference.
 ///
@@ -53,6 +54,9 @@ pub enum Command {
     /// Measure what iterations cost on this machine, for `up --cost-model`.
     #[command(args_override_self = true)]
     Calibrate(CalibrateArgs),
+    /// Run requests through modelled workers in virtual time: plan a fleet, compare policies.
+    #[command(args_override_self = true)]
+    Simulate(Box<SimulateArgs>),
     /// Be a worker without a model, for tests.
     #[command(args_override_self = true)]
     MockWorker {
@@ -248,6 +252,8 @@ pub struct ServeArgs {
 enum Policy {
     /// New prefill tokens times batch size; the smallest wins.
     Product,
+    /// The product, times what the prefill would cost the requests that arrive meanwhile; the smallest wins.
+    ProductAnticipating,
     /// The time of one slice there times batch size; the smallest wins.
     ProductTime,
     /// One after the other.
@@ -262,6 +268,7 @@ impl Policy {
     fn core(self) -> (PolicyName, &'static str) {
         match self {
             Self::Product => (PolicyName::Product, "product"),
+            Self::ProductAnticipating => (PolicyName::ProductAnticipating, "product_anticipating"),
             Self::ProductTime => (PolicyName::ProductTime, "product_time"),
             Self::RoundRobin => (PolicyName::RoundRobin, "round_robin"),
             Self::Random => (PolicyName::Random, "random"),

@@ -47,6 +47,7 @@ pub mod request;
 pub mod run;
 pub mod sampling;
 pub mod serve;
+pub mod simulate;
 pub mod stop;
 pub mod template;
 pub mod tokenize;
@@ -92,6 +93,11 @@ pub fn exit_code_from(args: impl IntoIterator<Item = OsString>, python: Option<P
             2
         }
         Err(run::Failure::Run(error)) => {
+            say(&error);
+            1
+        }
+        Err(run::Failure::Early(done, error)) => {
+            let _ = std::io::stdout().write_all(done.as_bytes());
             say(&error);
             1
         }

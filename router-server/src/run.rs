@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -20,6 +21,7 @@ use crate::health;
 use crate::metrics::Metrics;
 use crate::mock::{self, MockArgs};
 use crate::serve::{Listeners, serve};
+use crate::simulate;
 use crate::up::Up;
 
 /// Why a command failed; the text is for people.
@@ -28,6 +30,8 @@ pub enum Failure {
     Usage(String),
     /// It went wrong at some time.
     Run(String),
+    /// It was ended before it was done: what is to be printed of it, and why.
+    Early(String, String),
 }
 
 impl From<String> for Failure {
@@ -38,7 +42,7 @@ impl From<String> for Failure {
 
 /// Runs a command to its end. `python` is the interpreter we run in, if we do.
 pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
-    let Parsed { cli, settings, warnings } = parsed;
+    let Parsed { cli, settings, typed, warnings } = parsed;
     match cli.command {
         Command::Version => print(&format!("scls-router {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Config(command) => {
@@ -66,6 +70,9 @@ pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
             check_model(&args.model).map_err(Failure::Usage)?;
             let python = args.python.clone().or(python).unwrap_or_else(|| "python3".into());
             on_runtime(async { print(&calibrated(&args, &python).await?) })
+        }
+        Command::Simulate(args) => {
+            on_runtime(async { print(&until_signal(|stop| simulate::run(&args, &typed, stop))?) })
         }
         Command::MockWorker { mock, log_level } => {
             mock::check(&mock).map_err(Failure::Usage)?;
@@ -158,6 +165,20 @@ async fn calibrated(args: &CalibrateArgs, python: &Path) -> Result<String, Failu
         told = calibrate::run(args, python) => told,
         () = signals.first => Err(Failure::Run("ended by a signal, nothing is written".into())),
     }
+}
+
+/// Work that fills this thread and looks at a flag, which the first signal sets; the second ends the process.
+fn until_signal<T>(work: impl FnOnce(&AtomicBool) -> Result<T, Failure>) -> Result<T, Failure> {
+    let signals = Signals::listen()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = Arc::clone(&stop);
+    tokio::spawn(async move {
+        signals.first.await;
+        set.store(true, Ordering::Relaxed);
+        signals.second.await;
+        std::process::exit(1);
+    });
+    tokio::task::block_in_place(|| work(&stop))
 }
 
 async fn serve_urls(args: &ServeArgs, urls: Vec<String>) -> Result<(), String> {

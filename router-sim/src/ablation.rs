@@ -11,7 +11,7 @@ use crate::driver::Simulation;
 use crate::lengths::{Lengths, synthetic};
 use crate::outcome::{Outcome, RowOutcome};
 use crate::random::Random;
-use crate::timing::{Norm, Pace};
+use crate::timing::{Host, Norm, Pace};
 
 const VOCAB: u32 = 32_000;
 /// The limit that every request announces.
@@ -20,7 +20,7 @@ const BLOCK: u64 = 16;
 /// A padded worker's memory is used up to this part: it has no blocks to fill the gaps with.
 const ZETA: f64 = 0.9;
 /// Host time of an iteration, and of a slice start: published figures of engines lie between 0.3 and 3 ms.
-const HOST: f64 = 1e-3;
+const HOST: Micros = Micros(1_000);
 const START: Micros = Micros(2_000);
 const LINK: Micros = Micros(200);
 /// Offered beyond what a mode can serve, so that it is saturated but its queue does not decide for it.
@@ -102,7 +102,7 @@ fn seconds(time: Micros) -> f64 {
 
 /// A worker of the mode's kind, and its pace.
 fn worker(mode: Mode) -> (WorkerSpec, Pace) {
-    let norm = Norm { host: HOST, ..Norm::llama_13b_a100() };
+    let (norm, host) = (Norm::llama_13b_a100(), Host::every(HOST));
     let (layout, part, start) = match mode {
         Mode::Pooled(_) => (Layout::Padded, ZETA, START),
         Mode::Slice => (Layout::Paged, 1.0, START),
@@ -120,9 +120,9 @@ fn worker(mode: Mode) -> (WorkerSpec, Pace) {
         max_context: Tokens(8192),
         chunk: Tokens(chunk.into()),
         layout,
-        cost: Some(norm.linear(layout)),
+        cost: Some(norm.linear(layout, host)),
     };
-    (spec, Pace::norm(norm, chunk, start))
+    (spec, Pace::norm(norm, chunk, start).with_host(host))
 }
 
 fn model() -> ModelSpec {

@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use hashbrown::HashMap;
 use router_core::{
     Action, BatchRecord, Config, Decision, Event, Micros, ModelSpec, NewRequest, PlanNo, RequestId, RowId, Scheduler,
-    WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 
 use crate::calendar::Calendar;
+use crate::ledger::Ledger;
 use crate::modelled::Modelled;
 use crate::outcome::{Outcome, RowOutcome, WorkerOutcome};
 use crate::random::Random;
@@ -54,7 +55,8 @@ pub struct Chaos {
 pub struct Simulation {
     scheduler: Scheduler,
     vocab: u32,
-    delay: Micros,
+    /// Of a message: to the worker, from it.
+    delays: [Micros; 2],
     workers: BTreeMap<WorkerId, Connected>,
     calendar: Calendar<Happening>,
     terms: HashMap<RequestId, Terms>,
@@ -64,6 +66,7 @@ pub struct Simulation {
     logprobs: bool,
     keep_batches: bool,
     told_every: u32,
+    counts: bool,
     sessions: u64,
     slots: u32,
     happened: u64,
@@ -74,6 +77,8 @@ pub struct Simulation {
     actions: Vec<Action>,
     said: Vec<WorkerMessage>,
     outcome: Outcome,
+    /// Instead of the rows of `outcome`, where these would be too many.
+    ledger: Option<Ledger>,
 }
 
 impl Simulation {
@@ -82,7 +87,7 @@ impl Simulation {
         Self {
             vocab: model.vocab,
             scheduler: Scheduler::new(model, config),
-            delay,
+            delays: [delay; 2],
             workers: BTreeMap::new(),
             calendar: Calendar::new(),
             terms: HashMap::new(),
@@ -92,6 +97,7 @@ impl Simulation {
             logprobs: true,
             keep_batches: false,
             told_every: 1,
+            counts: false,
             sessions: 0,
             slots: 0,
             happened: 0,
@@ -101,7 +107,27 @@ impl Simulation {
             actions: Vec::new(),
             said: Vec::new(),
             outcome: Outcome::default(),
+            ledger: None,
         }
+    }
+
+    /// What workers say is later by this.
+    #[must_use]
+    pub(crate) fn with_lag(mut self, lag: Micros) -> Self {
+        self.delays[1] += lag;
+        self
+    }
+
+    /// Workers count tokens: see [`crate::SliceWorker::counting`].
+    #[must_use]
+    pub(crate) fn counting(self) -> Self {
+        Self { counts: true, ..self }
+    }
+
+    /// A line a request is kept of rows, and nothing of their tokens.
+    #[must_use]
+    pub(crate) fn with_ledger(self) -> Self {
+        Self { logprobs: false, ledger: Some(Ledger::default()), ..self }
     }
 
     /// With trouble.
@@ -167,17 +193,49 @@ impl Simulation {
 
     /// Runs until nothing is left to happen, or until `limit`.
     pub fn run(&mut self, limit: Micros) -> &Outcome {
-        while let Some((at, happening)) = self.calendar.pop(limit) {
-            self.now = at;
-            self.outcome.end = at;
-            self.happened += 1;
-            assert!(self.happened <= self.most, "it does not end: {} rows are left at {at}", self.scheduler.rows());
-            self.happen(happening);
-        }
+        while self.step(limit) {}
         for (id, connected) in &self.workers {
             self.outcome.workers.insert(*id, connected.totals());
         }
         &self.outcome
+    }
+
+    /// Lets the next thing happen, if one is due by `limit`.
+    pub(crate) fn step(&mut self, limit: Micros) -> bool {
+        let Some((at, happening)) = self.calendar.pop(limit) else { return false };
+        self.now = at;
+        self.outcome.end = at;
+        self.happened += 1;
+        assert!(self.happened <= self.most, "it does not end: {} rows are left at {at}", self.scheduler.rows());
+        self.happen(happening);
+        true
+    }
+
+    /// A request arrives now, and ends by itself after `output` tokens. It is the ledger's next line.
+    pub(crate) fn arrive_lean(&mut self, now: Micros, place: u32, request: NewRequest, output: u32) {
+        let Some(ledger) = &mut self.ledger else { return };
+        ledger.arrived(now, place);
+        self.now = now;
+        self.terms.insert(request.id, Terms { length: Some(output), ..Terms::default() });
+        self.router(Event::RequestArrived(request));
+    }
+
+    pub(crate) fn ledger_mut(&mut self) -> Option<&mut Ledger> {
+        self.ledger.as_mut()
+    }
+
+    pub(crate) fn into_parts(self) -> (Outcome, Option<Ledger>) {
+        (self.outcome, self.ledger)
+    }
+
+    /// The time.
+    pub(crate) fn now(&self) -> Micros {
+        self.now
+    }
+
+    /// b and Q of each worker, in order of slot.
+    pub(crate) fn sizes(&self) -> impl Iterator<Item = (u64, Tokens)> {
+        self.scheduler.sizes()
     }
 
     /// What the run came to, without a copy.
@@ -230,6 +288,7 @@ impl Simulation {
                 self.sessions += 1;
                 let session = self.sessions;
                 let worker = Modelled::new(actual, pace).telling_every(self.told_every);
+                let worker = if self.counts { worker.counting() } else { worker };
                 let totals = WorkerOutcome::default();
                 let arrivals = [Micros::ZERO; 2];
                 self.workers.insert(id, Connected { worker, session, seq: 0, totals, arrivals, cut: None });
@@ -281,7 +340,12 @@ impl Simulation {
         does(&mut connected.worker, &mut self.said);
         for message in self.said.drain(..) {
             match &message {
-                WorkerMessage::SliceReported(report) => connected.totals.reported(self.now, report),
+                WorkerMessage::SliceReported(report) => {
+                    connected.totals.reported(self.now, report);
+                    if let Some(ledger) = &mut self.ledger {
+                        ledger.sliced(self.now, id, report);
+                    }
+                }
                 WorkerMessage::Refused { reason, detail, .. } if *reason != router_core::Refusal::Stale => {
                     self.outcome.refused.push(format!("{id} {reason:?}: {detail}"));
                 }
@@ -289,7 +353,7 @@ impl Simulation {
             }
             connected.seq += 1;
             let late = if self.chaos.late > Micros::ZERO { self.random.below(self.chaos.late.0 + 1) } else { 0 };
-            let at = (self.now + self.delay + Micros(late)).max(connected.arrivals[1]);
+            let at = (self.now + self.delays[1] + Micros(late)).max(connected.arrivals[1]);
             connected.arrivals[1] = at;
             self.calendar.push(at, Happening::FromWorker(id, session, connected.seq, message));
         }
@@ -334,6 +398,9 @@ impl Simulation {
             Action::Quarantine(id, why) => self.outcome.quarantined.push(format!("{id}: {why}")),
             Action::Placed(..) => {}
             Action::Tokens { row, first_index, ids, logprobs } => {
+                if let Some(ledger) = &mut self.ledger {
+                    return ledger.drew(self.now, row.request, first_index, ids.len());
+                }
                 if self.logprobs {
                     let of: Vec<u32> = logprobs.iter().filter_map(|logprobs| Some(logprobs.top.first()?.0)).collect();
                     assert_eq!(ids, of, "{row}: logprobs of other tokens");
@@ -346,9 +413,17 @@ impl Simulation {
             }
             Action::Finish(row, end) => {
                 let at = self.now;
+                if let Some(ledger) = &mut self.ledger {
+                    self.terms.remove(&row.request);
+                    return ledger.ended(at, row.request, &end);
+                }
                 self.outcome_of(row).ends.push((at, end));
             }
             Action::Reject(request, why) => {
+                if let Some(ledger) = &mut self.ledger {
+                    self.terms.remove(&request);
+                    return ledger.rejected(request);
+                }
                 self.outcome.rejected.insert(request, why);
             }
             Action::WakeAt(at) => {
@@ -365,7 +440,7 @@ impl Simulation {
     fn send(&mut self, id: WorkerId, command: Command) {
         let Some(connected) = self.workers.get_mut(&id) else { return };
         let late = if self.chaos.late > Micros::ZERO { self.random.below(self.chaos.late.0 + 1) } else { 0 };
-        let at = (self.now + self.delay + Micros(late)).max(connected.arrivals[0]);
+        let at = (self.now + self.delays[0] + Micros(late)).max(connected.arrivals[0]);
         connected.arrivals[0] = at;
         self.calendar.push(at, Happening::ToWorker(id, connected.session, command));
     }

@@ -41,6 +41,15 @@ impl Modelled {
         }
     }
 
+    /// See [`SliceWorker::counting`].
+    #[must_use]
+    pub fn counting(self) -> Self {
+        match self {
+            Self::Slice(worker) => Self::Slice(Box::new(worker.counting())),
+            Self::Static(worker) => Self::Static(Box::new(worker.counting())),
+        }
+    }
+
     /// Takes a command and appends the answers.
     pub fn command(&mut self, now: Micros, command: Command, out: &mut Vec<WorkerMessage>) {
         both!(self, worker => worker.command(now, command, out));

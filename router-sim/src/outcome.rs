@@ -17,6 +17,8 @@ pub struct WorkerOutcome {
     pub slices: u64,
     /// Of these, cut.
     pub cuts: u64,
+    /// Of these, ended before their last step because no row was left.
+    pub early: u64,
     /// Rows of all slices, summed.
     pub row_slices: u64,
     /// Iterations that ran.
@@ -45,6 +47,7 @@ impl WorkerOutcome {
         self.idle += report.idle;
         self.slices += u64::from(report.steps > 0);
         self.cuts += u64::from(report.end == BatchEnd::Cut);
+        self.early += u64::from(report.steps > 0 && report.end == BatchEnd::AllDone);
         self.iterations += u64::from(report.steps);
         self.pad += report.pad;
         self.invalid += report.invalid;
@@ -131,6 +134,7 @@ impl Outcome {
             idle: all.idle + w.idle,
             slices: all.slices + w.slices,
             cuts: all.cuts + w.cuts,
+            early: all.early + w.early,
             row_slices: all.row_slices + w.row_slices,
             iterations: all.iterations + w.iterations,
             computed: all.computed + w.computed,

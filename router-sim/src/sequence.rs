@@ -12,6 +12,9 @@ pub fn next_token(previous: u32, position: usize, vocab: u32) -> u32 {
     3 + (mix(x) % u64::from(vocab.max(4) - 3)) as u32
 }
 
+/// The token that rows draw whose tokens are only counted.
+const COUNTED: u32 = 3;
+
 /// What a row asks for beyond what the core knows of it.
 #[derive(Clone, Debug, Default)]
 pub struct Terms {
@@ -21,6 +24,8 @@ pub struct Terms {
     pub min_tokens: u32,
     /// Logprobs of its tokens, with so many of the most likely ids.
     pub logprobs: Option<u32>,
+    /// It ends by itself after so many tokens, whatever they are.
+    pub length: Option<u32>,
 }
 
 impl Terms {
@@ -32,13 +37,15 @@ impl Terms {
         let Some(&last) = prompt.last() else { return Self::default() };
         let places = prompt.len() - 1..prompt.len() - 1 + length as usize;
         let eos = places.fold(last, |id, position| next_token(id, position, vocab));
-        Self { stop_ids: vec![eos], min_tokens: length - 1, logprobs: None }
+        Self { stop_ids: vec![eos], min_tokens: length - 1, ..Self::default() }
     }
 }
 
 pub(crate) struct Sequence {
     pub(crate) key: RowKey,
+    /// None where nobody reads them.
     pub(crate) tokens: Vec<u32>,
+    len: usize,
     pub(crate) prompt: usize,
     pub(crate) max_tokens: usize,
     terms: Terms,
@@ -46,17 +53,28 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub(crate) fn new(start: &RowStart, terms: Terms) -> Self {
+        Self { tokens: [&start.prompt, &start.output[..]].concat(), ..Self::counted(start, terms) }
+    }
+
+    /// Its tokens are only counted: all it draws are alike.
+    pub(crate) fn counted(start: &RowStart, terms: Terms) -> Self {
         Self {
             key: start.key,
-            tokens: start.prompt.iter().chain(&start.output).copied().collect(),
+            tokens: Vec::new(),
+            len: start.prompt.len() + start.output.len(),
             prompt: start.prompt.len(),
             max_tokens: start.max_tokens.0 as usize,
             terms,
         }
     }
 
+    /// Prompt and output so far.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(crate) fn output(&self) -> usize {
-        self.tokens.len() - self.prompt
+        self.len - self.prompt
     }
 
     /// Prompt and output at its limit.
@@ -66,11 +84,15 @@ impl Sequence {
 
     /// Draws a token and says whether it was the last.
     pub(crate) fn draw(&mut self, vocab: u32, cached: Option<Tokens>) -> RowTokens {
-        let position = self.tokens.len() - 1;
-        let id = next_token(self.tokens[position], position, vocab);
         let first_index = self.output() as u32;
-        self.tokens.push(id);
-        let stops = self.terms.stop_ids.contains(&id) && first_index >= self.terms.min_tokens;
+        let mut id = COUNTED;
+        if let Some(last) = self.tokens.last() {
+            id = next_token(*last, self.len - 1, vocab);
+            self.tokens.push(id);
+        }
+        self.len += 1;
+        let stops = self.terms.length.is_some_and(|length| first_index + 1 >= length)
+            || self.terms.stop_ids.contains(&id) && first_index >= self.terms.min_tokens;
         let finish = if stops {
             Some(FinishReason::Stop)
         } else {

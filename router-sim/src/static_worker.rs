@@ -48,6 +48,8 @@ pub struct StaticWorker {
     clock: Clock,
     /// Tokens come out every so many iterations, and at the batch's end.
     told_every: u32,
+    /// Tokens are counted and not drawn.
+    counts: bool,
     rows: HashMap<RowKey, Sequence>,
     running: Option<Rectangle>,
     plans: Plans,
@@ -63,6 +65,7 @@ impl StaticWorker {
             spec,
             clock: Clock::new(pace.into()),
             told_every: 1,
+            counts: false,
             rows: HashMap::new(),
             running: None,
             plans: Plans::default(),
@@ -76,6 +79,12 @@ impl StaticWorker {
     #[must_use]
     pub fn telling_every(self, iterations: u32) -> Self {
         Self { told_every: iterations.max(1), ..self }
+    }
+
+    /// See [`crate::SliceWorker::counting`].
+    #[must_use]
+    pub fn counting(self) -> Self {
+        Self { counts: true, ..self }
     }
 
     /// The batch that runs.
@@ -165,7 +174,7 @@ impl StaticWorker {
         let Some(mut members) = self.plans.members(&plan, |key| self.rows.contains_key(key), out) else { return false };
         let kept = members.iter().map(|key| {
             let sequence = &self.rows[key];
-            (sequence.tokens.len(), sequence.total())
+            (sequence.len(), sequence.total())
         });
         let added = plan.add.iter().map(|start| {
             let known = start.prompt.len() + start.output.len();
@@ -185,7 +194,8 @@ impl StaticWorker {
         let mut terms: HashMap<RowKey, Terms> = terms.into_iter().collect();
         for start in plan.add {
             members.push(start.key);
-            let sequence = Sequence::new(&start, terms.remove(&start.key).unwrap_or_default());
+            let terms = terms.remove(&start.key).unwrap_or_default();
+            let sequence = if self.counts { Sequence::counted(&start, terms) } else { Sequence::new(&start, terms) };
             self.rows.insert(start.key, sequence);
         }
         self.plans.started();
@@ -258,7 +268,7 @@ impl StaticWorker {
         for lane in batch.lanes.iter_mut().filter(|lane| lane.live) {
             let key = lane.report.key;
             let Some(sequence) = self.rows.get_mut(&key) else { continue };
-            lane.report.computed += Tokens(if batch.done == 1 { sequence.tokens.len() as u64 } else { 1 });
+            lane.report.computed += Tokens(if batch.done == 1 { sequence.len() as u64 } else { 1 });
             let token = sequence.draw(self.spec.model.vocab, (batch.done == 1).then_some(Tokens::ZERO));
             lane.report.emitted += Tokens(1);
             lane.report.finish = token.finish;
@@ -269,7 +279,7 @@ impl StaticWorker {
                 self.rows.remove(&key);
                 self.plans.row_ended(key);
             } else {
-                batch.longest = batch.longest.max(sequence.tokens.len() as u64);
+                batch.longest = batch.longest.max(sequence.len() as u64);
             }
             match &mut lane.drawn {
                 None => lane.drawn = Some(token),
@@ -302,9 +312,9 @@ impl StaticWorker {
         let mut survivors = Vec::new();
         for Lane { mut report, .. } in batch.lanes {
             if let Some(sequence) = self.rows.get(&report.key).filter(|_| report.finish.is_none()) {
-                self.dropped += Tokens(sequence.tokens.len() as u64 - u64::from(batch.done > 0));
+                self.dropped += Tokens(sequence.len() as u64 - u64::from(batch.done > 0));
                 report.held = false;
-                report.prefill_left = Tokens(sequence.tokens.len() as u64);
+                report.prefill_left = Tokens(sequence.len() as u64);
                 survivors.push(report.key);
             }
             rows.push(report);

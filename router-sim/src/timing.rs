@@ -61,8 +61,45 @@ pub struct Pace {
     pub chunk: u32,
     /// Exposed at every start of a slice: the device waits for it.
     pub start: Micros,
-    /// Factors on every iteration.
+    /// What the host exposes in every iteration, beyond the law.
+    pub host: Host,
+    /// Factors on every iteration's law.
     pub noise: Noise,
+}
+
+/// Host time of an iteration that the device waits for, by what is in it. A worker measured as a whole has it in its law.
+///
+/// How kinds of workers pay the `h` of a device: an iteration-level engine plans every iteration ([`Host::every`]); a slice
+/// worker only those that a prefill chunk rides in ([`Host::slices`]), and its start once a slice ([`Pace::start`]); the paper's
+/// padded modes every iteration, and the start too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Host {
+    /// With nothing but decoding rows.
+    pub quiet: Micros,
+    /// With prefill.
+    pub chunk: Micros,
+}
+
+impl Host {
+    /// What replaying a planned decode step costs whoever planned it: the simulation study's 0.1 ms.
+    pub const REPLAY: Micros = Micros(100);
+
+    /// `h` in every iteration.
+    pub const fn every(h: Micros) -> Self {
+        Self { quiet: h, chunk: h }
+    }
+
+    /// `h` in iterations with prefill, [`Host::REPLAY`] in others (never more than `h`).
+    pub const fn slices(h: Micros) -> Self {
+        let quiet = if h.0 < Self::REPLAY.0 { h } else { Self::REPLAY };
+        Self { quiet, chunk: h }
+    }
+
+    /// In an iteration of so many prefill tokens, in seconds.
+    fn seconds(self, prefill: u64) -> f64 {
+        let time = if prefill > 0 { self.chunk } else { self.quiet };
+        time.0 as f64 * 1e-6
+    }
 }
 
 /// The time of an iteration without noise.
@@ -74,10 +111,29 @@ pub enum Law {
     Norm(Norm),
 }
 
-/// Seconds of an iteration: `(w^4 + (c_p*T)^4)^(1/4) + kv*context + attn*pairs + row*N + host` for `T` tokens computed
+impl Law {
+    /// The model that a worker of this law announces to the router. A measured one has its own layout, whatever is asked.
+    pub fn linear(&self, layout: Layout, host: Host) -> CostModel {
+        let [quiet, chunk] = [host.seconds(0), host.seconds(1)];
+        match self {
+            Self::Linear(CostModel::Paged { prefill, step }) => CostModel::Paged {
+                prefill: PagedPrefill { constant: prefill.constant + chunk - quiet, ..*prefill },
+                step: PagedStep { constant: step.constant + quiet, ..*step },
+            },
+            Self::Linear(CostModel::Padded { prefill, step }) => CostModel::Padded {
+                prefill: PaddedCost { constant: prefill.constant + chunk, ..*prefill },
+                step: PaddedCost { constant: step.constant + quiet, ..*step },
+            },
+            Self::Norm(norm) => norm.linear(layout, host),
+        }
+    }
+}
+
+/// Seconds of an iteration: `(w^4 + (c_p*T)^4)^(1/4) + kv*context + attn*pairs + row*N` for `T` tokens computed
 /// in `N` rows. The norm is the step model of the simulation study: the weights are read once whatever `T` is, and reading
-/// hides computing until that takes longer. All coefficients are derived, none was measured.
-#[derive(Clone, Copy, Debug)]
+/// hides computing until that takes longer. All coefficients are derived, none was measured. What the host adds is [`Host`].
+#[derive(Clone, Copy, Debug, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Norm {
     /// Reading the weights.
     pub weights: f64,
@@ -89,8 +145,6 @@ pub struct Norm {
     pub pair: f64,
     /// Host time of a row.
     pub row: f64,
-    /// Host time of an iteration that the device waits for.
-    pub host: f64,
 }
 
 /// Log-normal factors: one a slice, one a step.
@@ -105,20 +159,21 @@ pub struct Noise {
 }
 
 impl Norm {
-    /// Llama-2 13B (no grouped heads) in 16 bits on one A100 of 80 GB; derived:
-    ///
-    /// - weights: 26 GB at 1.53 TB/s, 75 % of the data sheet's 2.04;
-    /// - token: 2 x 13 G operations at 171 T a second, 55 % of the data sheet's 312;
-    /// - kv: 2 x 40 layers x 5120 x 2 bytes = 0.82 MB a token at the weights' rate;
-    /// - pair: 4 x 40 x 5120 = 0.82 M operations (scores and values) at the token's rate.
+    /// Llama-2 13B (no grouped heads) in 16 bits on one A100 of 80 GB; derived in `models/13b-a100.toml`.
     pub const fn llama_13b_a100() -> Self {
-        Self { weights: 17.0e-3, token: 0.152e-3, kv: 0.54e-6, pair: 4.8e-9, row: 5e-6, host: 0.0 }
+        Self { weights: 17.0e-3, token: 0.152e-3, kv: 0.54e-6, pair: 4.8e-9, row: 5e-6 }
     }
 
-    /// Tokens of KV that fit beside the weights: 43 GB of 80 at 0.82 MB (derived; the rest is activations and slack).
+    /// Tokens of KV that fit beside the weights of it.
     pub const LLAMA_13B_A100_KV: u64 = 52_000;
 
-    fn seconds(&self, it: &Iteration) -> f64 {
+    /// Its coefficients with their names.
+    pub(crate) fn coefficients(&self) -> [(&'static str, f64); 5] {
+        let Self { weights, token, kv, pair, row } = *self;
+        [("weights", weights), ("token", token), ("kv", kv), ("pair", pair), ("row", row)]
+    }
+
+    pub(crate) fn seconds(&self, it: &Iteration) -> f64 {
         // only a worker that pads has a longest row; its prefill pass is all prefill
         let decoding = if it.prefill > 0 && it.longest > 0 { 0 } else { it.rows };
         let computed = (decoding + it.prefill) as f64;
@@ -126,23 +181,23 @@ impl Norm {
             + self.kv * it.context as f64
             + self.pair * it.pairs as f64
             + self.row * it.rows as f64
-            + self.host
     }
 
-    /// The linear model nearest by eye, as a worker of this law would announce it: exact for few tokens and for many, and up to a
-    /// fifth off where reading and computing take equally long.
-    pub fn linear(&self, layout: Layout) -> CostModel {
+    /// The linear model nearest by eye, as a worker of this law would announce it, with what the host adds to every iteration:
+    /// exact for few tokens and for many, and up to a fifth off where reading and computing take equally long.
+    pub fn linear(&self, layout: Layout, host: Host) -> CostModel {
+        let [quiet, chunk] = [host.seconds(0), host.seconds(1)];
         // the slope of the norm over the first rows up to where computing takes as long as reading
         let ridge = self.weights / self.token;
         let per_row = self.row + (2f64.powf(0.25) - 1.0) * self.weights / ridge;
-        let constant = self.weights + self.host;
+        let constant = self.weights + quiet;
         match layout {
             Layout::Padded => CostModel::Padded {
-                prefill: PaddedCost { constant: self.host, per_row: self.row, per_position: 0.0, per_cell: self.token },
+                prefill: PaddedCost { constant: chunk, per_row: self.row, per_position: 0.0, per_cell: self.token },
                 step: PaddedCost { constant, per_row, per_position: 0.0, per_cell: self.kv },
             },
             Layout::Paged => CostModel::Paged {
-                prefill: PagedPrefill { constant: 0.0, per_token: self.token, per_pair: self.pair },
+                prefill: PagedPrefill { constant: chunk - quiet, per_token: self.token, per_pair: self.pair },
                 step: PagedStep { constant, per_row, per_context: self.kv },
             },
         }
@@ -152,12 +207,18 @@ impl Norm {
 impl Pace {
     /// Exactly what a model says.
     pub fn linear(model: CostModel, chunk: u32) -> Self {
-        Self { law: Law::Linear(model), chunk, start: Micros::ZERO, noise: Noise::default() }
+        Self { law: Law::Linear(model), chunk, start: Micros::ZERO, host: Host::default(), noise: Noise::default() }
     }
 
     /// A worker of the norm, whose slices cost `start` to begin.
     pub fn norm(norm: Norm, chunk: u32, start: Micros) -> Self {
-        Self { law: Law::Norm(norm), chunk, start, noise: Noise::default() }
+        Self { law: Law::Norm(norm), chunk, start, host: Host::default(), noise: Noise::default() }
+    }
+
+    /// The same with what the host exposes.
+    #[must_use]
+    pub const fn with_host(self, host: Host) -> Self {
+        Self { host, ..self }
     }
 
     /// The same with noise.
@@ -206,7 +267,7 @@ impl Clock {
         };
         let sigma = 2.0 * self.pace.noise.sigma;
         let step = if sigma > 0.0 { (sigma * self.random.normal()).exp() } else { 1.0 };
-        micros(seconds * self.slice * step)
+        micros(seconds * self.slice * step + self.pace.host.seconds(it.prefill))
     }
 }
 
@@ -226,13 +287,34 @@ mod tests {
     }
 
     #[test]
+    fn a_slice_worker_pays_the_host_only_beside_prefill() {
+        let decode = Iteration { rows: 1, ..Iteration::default() };
+        let chunk = Iteration { prefill: 7, ..decode };
+        let timing = Timing { step: Micros(1_000), per_row: Micros(0), prefill_token_nanos: 0, chunk_tokens: 512 };
+        let h = Micros(3_000);
+        for (host, wanted) in [
+            (Host::default(), [1_000, 1_000]),
+            (Host::every(h), [4_000, 4_000]),
+            (Host::slices(h), [1_100, 4_000]),
+            (Host::slices(Micros(40)), [1_040, 1_040]),
+        ] {
+            // noise is the device's, not the host's
+            let noise = Noise { bias: 2f64.ln(), ..Noise::default() };
+            let mut clock = Clock::new(Pace::from(timing).with_host(host));
+            let mut slow = Clock::new(Pace::from(timing).with_host(host).with_noise(noise));
+            assert_eq!([decode, chunk].map(|it| clock.iteration(&it).0), wanted);
+            assert_eq!([decode, chunk].map(|it| slow.iteration(&it).0), wanted.map(|time| time + 1_000));
+        }
+    }
+
+    #[test]
     fn the_announced_model_is_near_the_law() {
         let norm = Norm::llama_13b_a100();
         for (rows, length) in [(1, 50), (16, 200), (32, 1000), (64, 400), (100, 100)] {
             let rectangle = Iteration { rows, longest: length, context: rows * length, ..Iteration::default() };
             let pass = Iteration { prefill: rows * length, context: 0, ..rectangle };
             for it in [rectangle, pass].iter().filter(|it| it.prefill != 50) {
-                let (law, model) = (norm.seconds(it), norm.linear(Layout::Padded).iteration(it));
+                let (law, model) = (norm.seconds(it), norm.linear(Layout::Padded, Host::default()).iteration(it));
                 assert!((model / law - 1.0).abs() < 0.2, "{it:?}: {law} and {model}");
             }
         }

@@ -1,7 +1,5 @@
 //! A slice worker as a state machine: the Session contract of `ARCHITECTURE.md` without sockets, model or clock.
 
-use std::collections::BTreeMap;
-
 use hashbrown::HashMap;
 use router_core::{
     BatchEnd, BlockHash, BlockSize, Blocks, FinishReason, Iteration, Micros, Plan, PlanNo, Refusal, RowKey, RowReport,
@@ -44,23 +42,27 @@ struct Row {
     /// Tokens found cached since it last had none computed.
     hit: usize,
     drew: bool,
+    /// In the running batch: its line of the batch's reports.
+    line: Option<u32>,
 }
 
+/// A row's place among the worker's rows: what the hot path names it by.
+type Slot = u32;
+
 impl Row {
-    /// Names of the whole blocks of its first `tokens` tokens.
-    fn chain(&mut self, tokens: usize, size: BlockSize) -> &[BlockHash] {
+    /// Sees to it that the whole blocks of its first `tokens` tokens have names.
+    fn chain(&mut self, tokens: usize, size: BlockSize) {
         let step = size.get() as usize;
         let done = self.chain.len();
         if tokens / step > done {
             let parent = self.chain.last().copied().unwrap_or(self.root);
             self.chain.extend(hash_blocks(parent, &self.sequence.tokens[done * step..tokens], size));
         }
-        &self.chain[..tokens / step]
     }
 
     /// Tokens that it knows and has not computed.
     fn wants(&self) -> usize {
-        self.sequence.tokens.len() - self.computed
+        self.sequence.len() - self.computed
     }
 
     fn decodes(&self) -> bool {
@@ -78,8 +80,10 @@ impl Row {
 struct Batch {
     no: PlanNo,
     steps: u32,
-    rows: Vec<RowKey>,
-    reports: BTreeMap<RowKey, RowReport>,
+    /// Those that have not ended, in order.
+    rows: Vec<Slot>,
+    /// All it began with, in the same order.
+    reports: Vec<RowReport>,
     done: u32,
     cut: Option<u32>,
     prefill: Micros,
@@ -89,8 +93,10 @@ struct Batch {
     /// What its start costs, until its first iteration has begun.
     lead: Micros,
     /// The iteration under way: tokens of each row, and when it ends.
-    iteration: Vec<(RowKey, usize)>,
+    iteration: Vec<(Slot, u32)>,
     ends: Micros,
+    /// Blocks of its rows.
+    used: u64,
 }
 
 /// A modelled worker. Feed it commands, wake it when it asks to be woken, send on what it puts out.
@@ -98,7 +104,11 @@ pub struct SliceWorker {
     spec: WorkerSpec,
     clock: Clock,
     kv: KvPool,
-    rows: HashMap<RowKey, Row>,
+    /// Tokens are counted, and neither drawn nor named.
+    counts: bool,
+    slots: HashMap<RowKey, Slot>,
+    rows: Vec<Row>,
+    free: Vec<Slot>,
     running: Option<Batch>,
     plans: Plans,
     ended_at: Option<Micros>,
@@ -113,13 +123,23 @@ impl SliceWorker {
             kv: KvPool::new(spec.blocks.0),
             spec,
             clock: Clock::new(pace.into()),
-            rows: HashMap::new(),
+            counts: false,
+            slots: HashMap::new(),
+            rows: Vec::new(),
+            free: Vec::new(),
             running: None,
             plans: Plans::default(),
             ended_at: None,
             iterations: 0,
             evicted: Tokens::ZERO,
         }
+    }
+
+    /// Tokens are only counted, for long simulations of prompts that share nothing: there is no prefix cache, and all
+    /// drawn ids are alike.
+    #[must_use]
+    pub fn counting(self) -> Self {
+        Self { counts: true, ..self }
     }
 
     /// The batch that runs.
@@ -145,9 +165,9 @@ impl SliceWorker {
     /// (running rows, held rows, free blocks, blocks of running rows, blocks of held rows, cached blocks), each block
     /// once for every row that has it.
     pub fn load(&self) -> [u64; 6] {
-        let runs = |key: &RowKey| self.running.as_ref().is_some_and(|batch| batch.rows.contains(key));
         let sum = |running: bool| -> (u64, u64) {
-            let rows = self.rows.values().filter(|row| runs(&row.sequence.key) == running);
+            let rows =
+                self.slots.values().map(|at| &self.rows[*at as usize]).filter(|row| row.line.is_some() == running);
             rows.fold((0, 0), |(n, blocks), row| (n + 1, blocks + row.blocks.0.len() as u64))
         };
         let ((running, running_blocks), (held, held_blocks)) = (sum(true), sum(false));
@@ -165,7 +185,9 @@ impl SliceWorker {
             Command::Hello => {
                 self.running = None;
                 self.plans = Plans::default();
-                for (_, mut row) in std::mem::take(&mut self.rows) {
+                self.slots.clear();
+                self.free.clear();
+                for mut row in std::mem::take(&mut self.rows) {
                     self.kv.release(&mut row.blocks);
                 }
                 self.ended_at = None;
@@ -186,20 +208,24 @@ impl SliceWorker {
             Command::Drop(keys) => {
                 for key in keys {
                     self.plans.strike(key);
+                    let Some(at) = self.slots.get(&key).copied() else { continue };
+                    let row = &self.rows[at as usize];
                     if let Some(batch) = &mut self.running
-                        && let Some(report) = batch.reports.get_mut(&key)
+                        && let Some(report) = row.line.and_then(|line| batch.reports.get_mut(line as usize))
                     {
-                        batch.rows.retain(|k| *k != key);
-                        report.finish = report.finish.or(Some(FinishReason::Cancelled));
+                        report.finish = Some(FinishReason::Cancelled);
                         report.held = false;
+                        batch.rows.retain(|other| *other != at);
+                        batch.used -= row.blocks.0.len() as u64;
                     }
-                    self.end(key);
+                    self.end(at);
                 }
             }
             Command::ReleaseKv(keys) => {
                 for key in keys {
-                    let runs = self.running.as_ref().is_some_and(|batch| batch.rows.contains(&key));
-                    if let Some(row) = self.rows.get_mut(&key).filter(|_| !runs) {
+                    let Some(at) = self.slots.get(&key) else { continue };
+                    let row = &mut self.rows[*at as usize];
+                    if row.line.is_none() {
                         self.kv.release(&mut row.blocks);
                         row.forget();
                     }
@@ -228,11 +254,11 @@ impl SliceWorker {
 
     /// Starts a plan, or refuses it. `true` where a batch runs now.
     fn start(&mut self, now: Micros, plan: Plan, terms: Vec<(RowKey, Terms)>, out: &mut Vec<WorkerMessage>) -> bool {
-        let Some(mut members) = self.plans.members(&plan, |key| self.rows.contains_key(key), out) else { return false };
+        let Some(members) = self.plans.members(&plan, |key| self.slots.contains_key(key), out) else { return false };
         let size = self.spec.model.block_size;
         let kept = members.iter().map(|key| {
-            let sequence = &self.rows[key].sequence;
-            (sequence.tokens.len(), sequence.total())
+            let sequence = &self.rows[self.slots[key] as usize].sequence;
+            (sequence.len(), sequence.total())
         });
         let added = plan.add.iter().map(|s| {
             let known = s.prompt.len() + s.output.len();
@@ -249,15 +275,19 @@ impl SliceWorker {
             return false;
         }
         for (key, rank) in &plan.ranks {
-            if let Some(row) = self.rows.get_mut(key) {
-                row.rank = *rank;
+            if let Some(at) = self.slots.get(key) {
+                self.rows[*at as usize].rank = *rank;
             }
         }
+        let mut rows: Vec<Slot> = members.iter().map(|key| self.slots[key]).collect();
         let mut terms: HashMap<RowKey, Terms> = terms.into_iter().collect();
         for start in plan.add {
-            members.push(start.key);
+            if let Some(before) = self.slots.get(&start.key).copied() {
+                self.end(before);
+            }
+            let terms = terms.remove(&start.key).unwrap_or_default();
             let row = Row {
-                sequence: Sequence::new(&start, terms.remove(&start.key).unwrap_or_default()),
+                sequence: if self.counts { Sequence::counted(&start, terms) } else { Sequence::new(&start, terms) },
                 root: start.root,
                 rank: start.hold_rank,
                 budget: start.prefill_budget.0,
@@ -266,16 +296,33 @@ impl SliceWorker {
                 computed: 0,
                 hit: 0,
                 drew: false,
+                line: None,
             };
-            self.rows.insert(start.key, row);
+            let at = if let Some(at) = self.free.pop() {
+                self.rows[at as usize] = row;
+                at
+            } else {
+                self.rows.push(row);
+                self.rows.len() as Slot - 1
+            };
+            self.slots.insert(start.key, at);
+            rows.push(at);
         }
         self.plans.started();
+        let mut reports = Vec::with_capacity(rows.len());
+        let mut used = 0;
+        for at in &rows {
+            let row = &mut self.rows[*at as usize];
+            row.line = Some(reports.len() as u32);
+            used += row.blocks.0.len() as u64;
+            reports.push(unreported(row.sequence.key));
+        }
         let lead = self.clock.start();
         self.running = Some(Batch {
             no: plan.no,
             steps: plan.steps,
-            reports: members.iter().map(|key| (*key, unreported(*key))).collect(),
-            rows: members,
+            reports,
+            rows,
             done: 0,
             cut: None,
             prefill: Micros::ZERO,
@@ -285,6 +332,7 @@ impl SliceWorker {
             lead,
             iteration: Vec::new(),
             ends: now,
+            used,
         });
         true
     }
@@ -313,40 +361,44 @@ impl SliceWorker {
         let mut iteration = std::mem::take(&mut batch.iteration);
         let mut left = self.clock.chunk();
         let mut work = Iteration::default();
-        let streams = batch.rows.iter().any(|key| self.rows[key].decodes());
-        for key in &batch.rows {
-            self.extend_hit(*key, &mut batch.reports);
-            let row = &self.rows[key];
-            let known = row.sequence.tokens.len() as u64;
+        let streams = batch.rows.iter().any(|at| self.rows[*at as usize].decodes());
+        let size = self.spec.model.block_size.get();
+        for at in &batch.rows {
+            let mut row = &mut self.rows[*at as usize];
             let tokens = if row.decodes() {
                 work.rows += 1;
-                work.context += known;
+                work.context += row.sequence.len() as u64;
                 1
             } else {
+                batch.used += self.extend_hit(*at, &mut batch.reports);
+                row = &mut self.rows[*at as usize];
                 let most = if streams && row.budget > 0 { row.budget.min(left) } else { left };
                 let tokens = (row.wants() as u64).min(most);
                 left -= tokens;
                 work.prefill += tokens;
                 // each attends all before it and itself
                 work.pairs += tokens * row.computed as u64 + tokens * (tokens + 1) / 2;
-                tokens as usize
+                tokens
             };
             if tokens > 0 {
-                iteration.push((*key, tokens));
+                iteration.push((*at, tokens as u32));
             }
         }
         // Blocks are taken when they are needed, not when the batch starts: what is cached stays as long as it can.
-        for (key, tokens) in &iteration {
-            let need = (self.rows[key].computed + tokens).div_ceil(self.spec.model.block_size.get() as usize);
-            while self.rows[key].blocks.0.len() < need {
-                let row = self.rows.get_mut(key).expect("a row of the batch");
-                if !self.kv.take(&mut row.blocks) {
-                    self.evict_held(&batch.rows);
+        for (at, tokens) in &iteration {
+            let row = &mut self.rows[*at as usize];
+            let (have, computed) = (row.blocks.0.len() as u64, row.computed as u64 + u64::from(*tokens));
+            if have * size >= computed {
+                continue;
+            }
+            for _ in have..computed.div_ceil(size) {
+                while !self.kv.take(&mut self.rows[*at as usize].blocks) {
+                    self.evict_held();
                 }
+                batch.used += 1;
             }
         }
-        let used: u64 = batch.rows.iter().map(|key| self.rows[key].blocks.0.len() as u64).sum();
-        batch.peak = batch.peak.max(used);
+        batch.peak = batch.peak.max(batch.used);
         let took = self.clock.iteration(&work);
         if work.prefill > 0 {
             batch.prefill += took;
@@ -360,40 +412,35 @@ impl SliceWorker {
         self.running = Some(batch);
     }
 
-    /// Takes from the cache what is there of the row's next whole blocks. Asked before every chunk, so that a row
-    /// finds what an earlier row of the same batch has just computed.
-    fn extend_hit(&mut self, key: RowKey, reports: &mut BTreeMap<RowKey, RowReport>) {
+    /// Takes from the cache what is there of the row's next whole blocks, and says how many. Asked before every chunk, so
+    /// that a row finds what an earlier row of the same batch has just computed.
+    fn extend_hit(&mut self, at: Slot, reports: &mut [RowReport]) -> u64 {
         let size = self.spec.model.block_size;
         let step = size.get() as usize;
-        let Some(row) = self.rows.get_mut(&key) else { return };
-        let most = (row.sequence.tokens.len() - 1) / step * step;
-        if row.drew || row.computed % step != 0 || row.computed >= most || row.blocks.0.len() * step != row.computed {
-            return;
+        let row = &mut self.rows[at as usize];
+        let most = (row.sequence.len() - 1) / step * step;
+        let whole = row.computed.is_multiple_of(step) && row.blocks.0.len() * step == row.computed;
+        if self.counts || row.drew || row.computed >= most || !whole {
+            return 0;
         }
         let from = row.computed / step;
-        let next: Vec<BlockHash> = row.chain(most, size)[from..].to_vec();
-        for hash in next {
-            if !self.kv.share(&mut row.blocks, hash) {
-                break;
-            }
-            row.computed += step;
-            row.hit += step;
-            if let Some(report) = reports.get_mut(&key) {
-                report.cached += Tokens(step as u64);
-            }
+        row.chain(most, size);
+        let found =
+            row.chain[from..most / step].iter().take_while(|hash| self.kv.share(&mut row.blocks, **hash)).count();
+        row.computed += found * step;
+        row.hit += found * step;
+        if let Some(report) = row.line.and_then(|line| reports.get_mut(line as usize)) {
+            report.cached += Tokens((found * step) as u64);
         }
+        found as u64
     }
 
     /// Under pressure the held row of the lowest rank loses its KV. One exists: the batch fits its ceiling alone.
-    fn evict_held(&mut self, running: &[RowKey]) {
-        let victim = self
-            .rows
-            .values()
-            .filter(|row| !running.contains(&row.sequence.key) && !row.blocks.0.is_empty())
+    fn evict_held(&mut self) {
+        let held = self.rows.iter_mut().filter(|row| row.line.is_none() && !row.blocks.0.is_empty());
+        let row = held
             .min_by_key(|row| (row.rank, row.sequence.key))
-            .map(|row| row.sequence.key)
             .expect("a batch within its ceiling always finds its blocks");
-        let row = self.rows.get_mut(&victim).expect("just found");
         self.evicted += Tokens(row.computed as u64);
         self.kv.release(&mut row.blocks);
         row.forget();
@@ -405,17 +452,19 @@ impl SliceWorker {
         self.iterations += 1;
         let size = self.spec.model.block_size;
         let step = size.get() as usize;
-        let mut drawn = Vec::new();
-        for (key, tokens) in batch.iteration.drain(..) {
+        let mut drawn = Vec::with_capacity(batch.iteration.len());
+        let mut ended = false;
+        for (at, tokens) in batch.iteration.drain(..) {
+            let row = &mut self.rows[at as usize];
             // dropped while the iteration ran
-            let (Some(row), Some(report)) = (self.rows.get_mut(&key), batch.reports.get_mut(&key)) else { continue };
+            let Some(report) = row.line.and_then(|line| batch.reports.get_mut(line as usize)) else { continue };
             let full_before = row.computed / step;
-            row.computed += tokens;
-            report.computed += Tokens(tokens as u64);
-            if row.computed / step > full_before {
-                let named = row.chain(row.computed, size)[full_before..].to_vec();
-                for (at, hash) in (full_before..).zip(named) {
-                    self.kv.name(&mut row.blocks, at, hash);
+            row.computed += tokens as usize;
+            report.computed += Tokens(tokens.into());
+            if !self.counts && row.computed / step > full_before {
+                row.chain(row.computed, size);
+                for at in full_before..row.computed / step {
+                    self.kv.name(&mut row.blocks, at, row.chain[at]);
                 }
             }
             if row.wants() > 0 {
@@ -428,19 +477,20 @@ impl SliceWorker {
             report.finish = token.finish;
             if token.finish.is_some() {
                 report.held = false;
-                batch.rows.retain(|k| *k != key);
-                if let Some(mut row) = self.rows.remove(&key) {
-                    self.kv.release(&mut row.blocks);
-                    self.plans.row_ended(key);
-                }
+                ended = true;
+                batch.used -= row.blocks.0.len() as u64;
+                self.end(at);
             }
             drawn.push(token);
         }
+        if ended {
+            batch.rows.retain(|at| self.rows[*at as usize].line.is_some());
+        }
+        let no = batch.no;
         self.running = Some(batch);
         self.deltas(out);
         if !drawn.is_empty() {
-            let batch = self.running.as_ref().map_or(PlanNo(0), |batch| batch.no);
-            out.push(WorkerMessage::Steps { batch, rows: drawn });
+            out.push(WorkerMessage::Steps { batch: no, rows: drawn });
         }
     }
 
@@ -448,13 +498,16 @@ impl SliceWorker {
         let Some(batch) = self.running.take() else { return };
         self.deltas(out);
         self.ended_at = Some(now);
-        let mut rows: Vec<RowReport> = batch.reports.into_values().collect();
-        for report in &mut rows {
-            if let Some(row) = self.rows.get(&report.key) {
+        let mut rows = batch.reports;
+        for at in &batch.rows {
+            let row = &mut self.rows[*at as usize];
+            if let Some(report) = row.line.take().and_then(|line| rows.get_mut(line as usize)) {
                 report.prefill_left = Tokens(if row.drew { 0 } else { row.wants() as u64 });
             }
         }
-        let next = self.plans.batch_ended(batch.no, batch.rows);
+        rows.sort_unstable_by_key(|report| report.key);
+        let survivors = batch.rows.iter().map(|at| self.rows[*at as usize].sequence.key).collect();
+        let next = self.plans.batch_ended(batch.no, survivors);
         let started = next.and_then(|(plan, terms)| {
             let no = plan.no;
             self.start(now, plan, terms, out).then_some(no)
@@ -476,11 +529,17 @@ impl SliceWorker {
 
     // ---------------------------------------------------------------- small things
 
-    fn end(&mut self, key: RowKey) {
-        if let Some(mut row) = self.rows.remove(&key) {
-            self.kv.release(&mut row.blocks);
-            self.plans.row_ended(key);
-        }
+    /// The row is gone, and its place free. A batch that runs has its report, and passes it over.
+    fn end(&mut self, at: Slot) {
+        let row = &mut self.rows[at as usize];
+        let key = row.sequence.key;
+        row.line = None;
+        row.sequence.tokens = Vec::new();
+        row.chain = Vec::new();
+        self.kv.release(&mut row.blocks);
+        self.slots.remove(&key);
+        self.free.push(at);
+        self.plans.row_ended(key);
     }
 
     fn deltas(&mut self, out: &mut Vec<WorkerMessage>) {

@@ -9,6 +9,7 @@
 //! zero. It misleads where few workers hold a prefix that most requests share; those cases are for the hotspot guard.
 
 use super::{Policy, PolicyName, View};
+use crate::units::Tokens;
 
 /// `(Q + u) * (b + 1)`.
 pub struct Product;
@@ -22,6 +23,28 @@ impl Policy for Product {
         let c = &view.candidates[at];
         let prefill = u128::from(c.queued.0) + u128::from(c.new_tokens.0.max(1));
         prefill.saturating_mul(u128::from(c.batch_size) + 1)
+    }
+}
+
+/// `(Q + u) * (b + 1) * (1 + lambda * c_p * u)`: the product, and what this prefill costs those who are not here yet.
+///
+/// A prefill of `u` new tokens takes `c_p * u` seconds, in which `lambda * c_p * u` requests more arrive at that worker
+/// and wait as the row itself does. So what the row waits for counts once for itself and once for each of them, as the
+/// factor `b + 1` counts those who run. Near saturation, where `Q` drowns the difference of hits, it keeps sessions where
+/// their prefixes are; with nobody to come it is the product, and it never prefers one of two workers with equal `u`
+/// that the product does not. [derived; the form and its figures: simulation study]
+///
+/// `lambda` and `c_p` are measured ([`super::Anticipation`]), not set.
+pub struct ProductAnticipating;
+
+impl Policy for ProductAnticipating {
+    fn name(&self) -> PolicyName {
+        PolicyName::ProductAnticipating
+    }
+
+    fn score(&self, view: View<'_>, at: usize) -> u128 {
+        let factor = view.anticipation.factor(Tokens(view.candidates[at].new_tokens.0.max(1)));
+        Product.score(view, at).saturating_mul(factor)
     }
 }
 

@@ -18,7 +18,9 @@ use hashbrown::HashMap;
 
 use self::lru::Lru;
 pub use self::prompt::Prompt;
+use crate::anticipation::{Anticipation, Arrivals, PrefillTime};
 use crate::block::{BlockHash, new_tokens};
+use crate::guard::{Guard, Hotspots, Sighting};
 use crate::ids::{DecisionId, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
 use crate::policy::{Candidate, Policy, View, least};
@@ -35,7 +37,7 @@ pub enum Commit {
 }
 
 /// What a decision is made from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Tokens of the prompt.
     pub tokens: Tokens,
@@ -45,12 +47,14 @@ pub struct Seen {
     pub candidates: Vec<Candidate>,
     /// Their names.
     pub names: Arc<[Arc<str>]>,
+    /// What is expected of the requests to come.
+    pub anticipation: Anticipation,
 }
 
 impl Seen {
     /// As a policy sees it.
     pub fn view(&self) -> View<'_> {
-        View { candidates: &self.candidates, turn: self.turn }
+        View { candidates: &self.candidates, turn: self.turn, anticipation: self.anticipation }
     }
 }
 
@@ -65,6 +69,8 @@ pub struct Choice {
     pub scores: Vec<u128>,
     /// Which candidate won.
     pub at: usize,
+    /// What the hotspot guard made of the prompt, if there is one and the prompt is one of a class.
+    pub guard: Option<Sighting>,
 }
 
 impl Choice {
@@ -128,12 +134,23 @@ struct Worker {
     queued: Tokens,
     /// `None`: its engine reports.
     predicted: Option<Lru>,
+    /// When it was last known to have computed tokens of a prompt.
+    prefilled: Micros,
+}
+
+impl Worker {
+    /// Time that prefills took of which nothing was said before, if one of them could begin then. A worker's prefills run
+    /// one after another: no time counts twice.
+    fn since(&mut self, begin: Micros, now: Micros) -> Micros {
+        now.saturating_sub(begin.max(std::mem::replace(&mut self.prefilled, now)))
+    }
 }
 
 /// A decision that has not ended.
 struct Flight {
     worker: WorkerId,
     prompt: Prompt,
+    at: Micros,
     new_tokens: Tokens,
     prefilled: bool,
 }
@@ -164,7 +181,10 @@ pub struct Router {
     turn: u64,
     depths: Vec<usize>,
     commits: Commit,
+    guard: Option<Guard>,
     now: Micros,
+    arrivals: Arrivals,
+    prefills: PrefillTime,
 }
 
 impl Router {
@@ -180,7 +200,10 @@ impl Router {
             turn: 0,
             depths: Vec::new(),
             commits: Commit::default(),
+            guard: None,
             now: Micros::ZERO,
+            arrivals: Arrivals::default(),
+            prefills: PrefillTime::default(),
         }
     }
 
@@ -188,6 +211,17 @@ impl Router {
     #[must_use]
     pub fn with_commit(self, commits: Commit) -> Self {
         Self { commits, ..self }
+    }
+
+    /// With the hotspot guard, or without. It sees what is committed from here on, and nothing of what was before.
+    #[must_use]
+    pub fn with_guard(self, on: bool) -> Self {
+        Self { guard: on.then(Guard::default), ..self }
+    }
+
+    /// What the hotspot guard has seen and done; `None` without one.
+    pub fn hotspots(&self) -> Option<Hotspots> {
+        self.guard.as_ref().map(Guard::hotspots)
     }
 
     /// Tells the time, for what is measured by it. A time before the last one changes nothing.
@@ -205,7 +239,8 @@ impl Router {
         let worker = WorkerId(slot.map_or(self.workers.len() as u32, |(slot, _)| slot));
         let name: Arc<str> = Arc::from(name);
         let predicted = capacity.map(|blocks| Lru::new(blocks.0));
-        self.workers.insert(worker, Worker { name: Arc::clone(&name), batch_size: 0, queued: Tokens::ZERO, predicted });
+        let (name_of, queued, prefilled) = (Arc::clone(&name), Tokens::ZERO, self.now);
+        self.workers.insert(worker, Worker { name: name_of, batch_size: 0, queued, predicted, prefilled });
         self.slots.insert(name, worker);
         self.rename();
         Ok(())
@@ -236,12 +271,18 @@ impl Router {
         commit: bool,
         score: &mut dyn FnMut(&Seen) -> Result<Vec<u128>, E>,
     ) -> Result<Choice, E> {
-        let seen = self.look(&prompt)?;
+        let mut seen = self.look(&prompt)?;
         let scores = score(&seen)?;
         let (got, want) = (scores.len(), seen.candidates.len());
-        let at = least(seen.view(), &scores).filter(|_| got == want).ok_or(RouterError::Scores { got, want })?;
-        let mut choice = Choice { id: None, seen, scores, at };
+        let best = least(seen.view(), &scores).filter(|_| got == want).ok_or(RouterError::Scores { got, want })?;
+        let guard = self.guard.as_ref();
+        let guard = guard.and_then(|guard| guard.judge(prompt.chain(), &self.depths, &mut seen.candidates, best));
+        let at = if guard.is_some_and(|sighting| sighting.filtered) { least(seen.view(), &scores) } else { None };
+        let mut choice = Choice { id: None, seen, scores, at: at.unwrap_or(best), guard };
         if commit {
+            if let Some(guard) = &mut self.guard {
+                guard.observe(prompt.chain(), want, choice.guard.as_ref());
+            }
             choice.id = Some(self.commit(prompt, *choice.chosen()));
         }
         Ok(choice)
@@ -277,6 +318,10 @@ impl Router {
         let before = std::mem::replace(&mut flight.new_tokens, tokens);
         if let Some(worker) = self.workers.get_mut(&flight.worker) {
             worker.queued = worker.queued.saturating_sub(before) + tokens;
+            let computed = before.saturating_sub(tokens);
+            if computed > Tokens::ZERO {
+                self.prefills.observe(computed, worker.since(flight.at, self.now));
+            }
         }
         true
     }
@@ -288,6 +333,7 @@ impl Router {
         let (prompt, slot) = (flight.prompt.clone(), flight.worker);
         if let Some(worker) = self.workers.get_mut(&slot) {
             worker.queued = worker.queued.saturating_sub(flight.new_tokens);
+            self.prefills.observe(flight.new_tokens, worker.since(flight.at, self.now));
         }
         self.predict(slot, prompt.chain(), &[]);
         true
@@ -366,9 +412,13 @@ impl Router {
             work: Micros::ZERO,
             joined: Micros::ZERO,
             free: Blocks::ZERO,
+            filtered: false,
         });
         let candidates = candidates.collect();
-        Ok(Seen { tokens: prompt.tokens, turn: self.turn, candidates, names: Arc::clone(&self.names) })
+        let arrivals = self.arrivals.rate(self.now) / self.workers.len() as f64;
+        let anticipation = Anticipation::new(arrivals, self.prefills.mean());
+        let names = Arc::clone(&self.names);
+        Ok(Seen { tokens: prompt.tokens, turn: self.turn, candidates, names, anticipation })
     }
 
     fn commit(&mut self, prompt: Prompt, at: Candidate) -> DecisionId {
@@ -381,7 +431,9 @@ impl Router {
         if self.commits == Commit::Prefixes {
             self.index.commit(at.worker, prompt.chain());
         }
-        let flight = Flight { worker: at.worker, prompt, new_tokens: at.new_tokens, prefilled: false };
+        self.arrivals.observe(self.now);
+        let new_tokens = at.new_tokens;
+        let flight = Flight { worker: at.worker, prompt, at: self.now, new_tokens, prefilled: false };
         self.flights.insert(id, flight);
         id
     }

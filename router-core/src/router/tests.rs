@@ -302,3 +302,43 @@ fn named_policies_take_turns_over_all_workers() {
         assert!(NAMES.iter().all(|name| choices.iter().any(|worker| worker == name)), "{policy}: {choices:?}");
     }
 }
+
+#[test]
+fn arrivals_and_prefills_are_measured_by_the_time_that_is_told() {
+    let mut router = Router::new(size());
+    for name in ["a", "b"] {
+        router.add_worker(name, None).expect("a new name");
+    }
+    let expected = |router: &mut Router| {
+        let seen = router.route(prompt(&[1]), &Product, false).expect("a worker").seen;
+        (seen.anticipation.arrivals_a_second(), seen.anticipation.seconds_a_token())
+    };
+    assert_eq!(expected(&mut router).0.to_bits(), 0f64.to_bits(), "nobody came yet, and questions are no arrivals");
+    // ten a second, each computed within 20 ms, a token in one: 5 a second at each worker
+    for at in 1..=1000u64 {
+        router.advance(Micros(at * 100_000));
+        let choice = router.route(prompt(&ids(at as u32 * 2, 20)), &Product, true).expect("a worker");
+        let id = choice.id.expect("committed");
+        router.advance(Micros(at * 100_000 + 12_000));
+        assert!(router.left(id, Tokens(8)), "12 of 20");
+        router.advance(Micros(at * 100_000 + 20_000));
+        assert!(router.prefilled(id) && router.finished(id, &[]));
+    }
+    let (arrivals, a_token) = expected(&mut router);
+    assert!((arrivals - 5.0).abs() < 0.05 && (a_token / 1e-3 - 1.0).abs() < 0.03, "{arrivals} {a_token}");
+    // of two that a worker has at once the second begins when the first has ended
+    router.remove_worker("b").expect("there");
+    for at in 0..1000u64 {
+        let began = 200_000_000 + at * 100_000;
+        router.advance(Micros(began));
+        let both = [1, 2].map(|of| prompt(&ids(at as u32 * 4 + of, 20)));
+        let both = both.map(|prompt| router.route(prompt, &Product, true).expect("a worker").id.expect("committed"));
+        for (id, end) in both.into_iter().zip([40_000, 80_000]) {
+            router.advance(Micros(began + end));
+            assert!(router.prefilled(id) && router.finished(id, &[]));
+        }
+        router.advance(Micros(7));
+    }
+    let (arrivals, a_token) = expected(&mut router);
+    assert!((arrivals - 20.0).abs() < 0.2 && (a_token / 2e-3 - 1.0).abs() < 0.03, "{arrivals} {a_token}");
+}

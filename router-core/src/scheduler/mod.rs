@@ -16,11 +16,13 @@ use std::collections::{BTreeMap, VecDeque};
 use hashbrown::HashMap;
 use smallvec::SmallVec;
 
+use crate::anticipation::Arrivals;
 use crate::block::{BlockHash, hash_blocks};
 use crate::constants::BALANCED_WORKERS;
 use crate::cost::Estimator;
 use crate::decision::{Decision, Decisions};
 use crate::event::{Action, Event};
+use crate::guard::{Guard, Hotspots};
 use crate::ids::{RequestId, RowId, RowKey, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
 use crate::mode::Mode;
@@ -96,6 +98,10 @@ pub struct Scheduler {
     jumps: u64,
     doubtful: u64,
     decisions: Decisions,
+    guard: Option<Guard>,
+    latest: Arrivals,
+    /// Workers that took rows at the last decision.
+    ready: usize,
     /// Those that ended.
     batches: VecDeque<BatchRecord>,
     mean_output: MeanOutput,
@@ -128,6 +134,9 @@ impl Scheduler {
             jumps: 0,
             doubtful: 0,
             decisions: Decisions::new(LATEST),
+            guard: Some(Guard::default()),
+            latest: Arrivals::default(),
+            ready: 0,
             batches: VecDeque::new(),
             mean_output: MeanOutput::default(),
             moves: Moves::default(),
@@ -137,6 +146,17 @@ impl Scheduler {
             depths: Vec::new(),
             scores: Vec::new(),
         }
+    }
+
+    /// With the hotspot guard, which is there unless this says otherwise.
+    #[must_use]
+    pub fn with_guard(self, on: bool) -> Self {
+        Self { guard: on.then(Guard::default), ..self }
+    }
+
+    /// What the hotspot guard has seen and done; `None` without one.
+    pub fn hotspots(&self) -> Option<Hotspots> {
+        self.guard.as_ref().map(Guard::hotspots)
     }
 
     /// Takes one event and appends what is to be done.
@@ -298,6 +318,11 @@ impl Scheduler {
     /// Every worker as the scheduler sees it at the last event, in order of slot.
     pub fn loads(&self) -> Vec<WorkerLoad> {
         self.workers.iter().map(|(&id, worker)| self.load(id, worker)).collect()
+    }
+
+    /// b and Q of every worker, in order of slot: what can be asked often.
+    pub fn sizes(&self) -> impl Iterator<Item = (u64, Tokens)> {
+        self.workers.values().map(|worker| (worker.batch_size(), worker.queued))
     }
 
     fn load(&self, id: WorkerId, worker: &Worker) -> WorkerLoad {

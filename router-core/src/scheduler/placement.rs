@@ -7,7 +7,7 @@ use crate::decision::Decision;
 use crate::event::{Action, FinishReason};
 use crate::ids::{DecisionId, RowId, WorkerId};
 use crate::index::PrefixIndex;
-use crate::policy::{Candidate, PolicyName, View, choose};
+use crate::policy::{Anticipation, Candidate, PolicyName, View, choose, least};
 use crate::row::{Home, Place, Row, Stage};
 use crate::units::{Blocks, Micros, Tokens};
 
@@ -40,10 +40,17 @@ impl Scheduler {
 
     pub(super) fn place_row(&mut self, now: Micros, id: RowId, actions: &mut Vec<Action>) -> bool {
         let row = &self.rows[&id];
-        let (tokens, total, chain) = (row.tokens(), row.total(), row.chain.clone());
+        let (tokens, total, chain, first) = (row.tokens(), row.total(), row.chain.clone(), row.attempt == 0);
         let Some(decision) = self.decide(now, Some(id), tokens, total, &chain) else { return false };
         let Some(chosen) = decision.chosen().copied() else { return false };
         self.turn += 1;
+        // what comes back was counted when it came
+        if first {
+            self.latest.observe(now);
+            if let Some(guard) = &mut self.guard {
+                guard.observe(&chain, self.ready, decision.guard.as_ref());
+            }
+        }
         self.decisions.push(decision);
         self.settle(now, id, chosen.worker, chosen.new_tokens, actions);
         true
@@ -74,10 +81,13 @@ impl Scheduler {
         let timed = self.config.policy == PolicyName::ProductTime;
         let depth = |worker: WorkerId| self.depths.get(worker.0 as usize).copied().unwrap_or(0);
         let new_of = |worker| new_tokens(tokens, depth(worker), size);
-        let candidates: Vec<Candidate> = self
+        let mut ready = 0;
+        let mut candidates: Vec<Candidate> = self
             .workers
             .iter()
-            .filter(|(_, w)| w.ready() && total <= w.spec.most_tokens())
+            .filter(|(_, w)| w.ready())
+            .inspect(|_| ready += 1)
+            .filter(|(_, w)| total <= w.spec.most_tokens())
             .map(|(&worker, w)| Candidate {
                 worker,
                 new_tokens: new_of(worker),
@@ -86,10 +96,20 @@ impl Scheduler {
                 work: w.work(now),
                 joined: if timed { w.joined(tokens, new_of(worker), slice_len) } else { Micros::ZERO },
                 free: w.spec.blocks.saturating_sub(w.running.as_ref().map_or(Blocks::ZERO, |r| r.batch.ceiling)),
+                filtered: false,
             })
             .collect();
-        let view = View { candidates: &candidates, turn: self.turn };
-        let at = choose(&*self.policy, view, &mut self.scores)?;
+        self.ready = ready;
+        let anticipation = self.anticipation(now);
+        let view = View { candidates: &candidates, turn: self.turn, anticipation };
+        let best = choose(&*self.policy, view, &mut self.scores)?;
+        let guard = self.guard.as_ref();
+        let guard = guard.and_then(|guard| guard.judge(chain, &self.depths, &mut candidates, best));
+        let at = if guard.is_some_and(|sighting| sighting.filtered) {
+            least(View { candidates: &candidates, turn: self.turn, anticipation }, &self.scores).unwrap_or(best)
+        } else {
+            best
+        };
         Some(Decision {
             id: DecisionId(self.turn),
             at: now,
@@ -98,10 +118,26 @@ impl Scheduler {
             policy: self.policy.name(),
             seed: self.config.seed,
             turn: self.turn,
+            anticipation,
+            guard,
             worker: candidates[at].worker,
             scores: self.scores.clone(),
             candidates,
         })
+    }
+
+    /// What is expected of the requests to come, where the policy asks for it: by the rows that came, and by what the models
+    /// of the ready workers take for a chunk.
+    fn anticipation(&mut self, now: Micros) -> Anticipation {
+        if self.config.policy != PolicyName::ProductAnticipating {
+            return Anticipation::default();
+        }
+        let ready = self.workers.values().filter(|worker| worker.ready());
+        let (workers, seconds) = ready.fold((0.0, 0.0), |(n, sum), worker| (n + 1.0, sum + worker.prefill_time()));
+        if workers == 0.0 {
+            return Anticipation::default();
+        }
+        Anticipation::new(self.latest.rate(now) / workers, seconds / workers)
     }
 
     /// Commits a choice: Q, b, W and the prompt's blocks move now, not when the worker says so.

@@ -36,6 +36,8 @@ pub struct Parsed {
     pub cli: Cli,
     /// What can be set in a file, in the order of the help; those alone that the command has.
     pub settings: Vec<Setting>,
+    /// The command line as it could be typed again.
+    pub typed: String,
     /// What looks like a mistake and is none for sure.
     pub warnings: Vec<String>,
 }
@@ -88,6 +90,7 @@ pub struct Setting {
 /// Reads a command line, its first argument being the program's name.
 pub fn parse(args: impl IntoIterator<Item = OsString>, environment: &Environment) -> Result<Parsed, Wrong> {
     let mut args: Vec<OsString> = args.into_iter().collect();
+    let typed = typed(&args);
     // Whatever is wrong with the flags alone is said by the whole definition: it knows what is required.
     let flags = lenient(Cli::command()).try_get_matches_from(&args);
     let flags = flags.map_err(|error| Cli::command().try_get_matches_from(&args).err().unwrap_or(error));
@@ -125,7 +128,17 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, environment: &Environment
         let origin = origins.remove(&key).unwrap_or(Origin::Default);
         Setting { value: show::shown(arg, matches), origin, secret: is_secret(arg), key }
     });
-    Ok(Parsed { settings: settings.collect(), cli, warnings })
+    Ok(Parsed { settings: settings.collect(), cli, typed, warnings })
+}
+
+fn typed(args: &[OsString]) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./,:=@%+".contains(c);
+    let quoted = |arg: &OsString| match arg.to_string_lossy() {
+        arg if !arg.is_empty() && arg.chars().all(plain) => arg.into_owned(),
+        arg => format!("'{}'", arg.replace('\'', r"'\''")),
+    };
+    let args = args.iter().skip(1).map(quoted);
+    std::iter::once("scls-router".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
 }
 
 fn lenient(command: Command) -> Command {

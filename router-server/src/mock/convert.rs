@@ -105,7 +105,7 @@ fn row_start(start: &proto::RowStart, info: &proto::WorkerInfo) -> Result<(RowSt
         hold_rank: start.hold_rank,
         prefill_budget: Tokens(start.prefill_budget.into()),
     };
-    Ok((start, Terms { stop_ids, min_tokens: limits.min_tokens, logprobs: sampling.logprobs }))
+    Ok((start, Terms { stop_ids, min_tokens: limits.min_tokens, logprobs: sampling.logprobs, length: None }))
 }
 
 /// The first field that is not served.

@@ -1,6 +1,40 @@
 //! Policies of others, each with the weights of its source, behind one trait; what is compared with the product.
+//!
+//! One file a source. Each says the rule, where it is from, and what of it is simplified. They see what the core's policies
+//! see ([`Seen`]) and what engines say of themselves ([`Engine`]), and may remember. Who is asked for by name is made by
+//! [`make`].
 
-use router_core::{Blocks, Micros, Seen, Tokens};
+mod aibrix;
+mod bailian;
+mod core;
+mod d2lpm;
+mod dual_map;
+mod dynamo;
+mod forecast;
+mod hits;
+mod indicators;
+mod linear;
+mod llm_d;
+mod llumnix;
+mod load;
+mod lpt;
+mod min_ttft;
+mod mooncake;
+mod names;
+mod polyserve;
+mod preble;
+mod product_time;
+mod production_stack;
+mod sglang;
+mod smetric;
+mod sticky;
+#[cfg(test)]
+mod tests;
+
+use router_core::{BlockHash, BlockSize, Blocks, Candidate, Micros, Seen, Tokens};
+
+pub use self::core::Core;
+pub use self::names::{RivalError, make, names};
 
 /// What an engine said of itself last, with the decisions since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +64,74 @@ pub struct Sight<'a> {
     pub engines: &'a [Engine],
     /// The conversation, where known.
     pub session: Option<u32>,
+    /// Its place in the conversation: 0 begins one.
+    pub turn: u32,
+    /// Its workload class, as the trace numbers them.
+    pub class: u16,
+    /// Names of the prompt's whole blocks, each that of the whole prefix.
+    pub chain: &'a [BlockHash],
+    /// Tokens of a block.
+    pub size: BlockSize,
+}
+
+impl Sight<'_> {
+    /// Candidates.
+    fn count(&self) -> usize {
+        self.seen.candidates.len()
+    }
+
+    fn at(&self, at: usize) -> &Candidate {
+        &self.seen.candidates[at]
+    }
+
+    fn engine(&self, at: usize) -> Engine {
+        self.engines.get(at).copied().unwrap_or_default()
+    }
+
+    /// The candidate's number among all workers, for those who remember workers.
+    fn worker(&self, at: usize) -> usize {
+        self.at(at).worker.0 as usize
+    }
+
+    /// b.
+    fn batch(&self, at: usize) -> u64 {
+        self.at(at).batch_size
+    }
+
+    /// u: at least 1.
+    fn fresh(&self, at: usize) -> u64 {
+        self.at(at).new_tokens.0.max(1)
+    }
+
+    /// Q.
+    fn queued(&self, at: usize) -> u64 {
+        self.at(at).queued.0
+    }
+
+    /// Prompt tokens that it holds.
+    fn hit(&self, at: usize) -> u64 {
+        self.seen.tokens.0.saturating_sub(self.fresh(at))
+    }
+
+    /// The part of the prompt that it holds.
+    fn share(&self, at: usize) -> f64 {
+        self.hit(at) as f64 / self.seen.tokens.0.max(1) as f64
+    }
+
+    /// One score for each candidate.
+    fn each(&self, scores: &mut Vec<u128>, score: impl FnMut(usize) -> u128) {
+        scores.extend((0..self.count()).map(score));
+    }
+
+    /// The largest of all candidates; 0 of none.
+    fn most(&self, value: impl Fn(usize) -> u64) -> u64 {
+        (0..self.count()).map(value).max().unwrap_or(0)
+    }
+
+    /// The smallest of all candidates; 0 of none.
+    fn least(&self, value: impl Fn(usize) -> u64) -> u64 {
+        (0..self.count()).map(value).min().unwrap_or(0)
+    }
 }
 
 /// A policy with a memory of its own. The smallest score wins; ties as in the core.
@@ -47,12 +149,26 @@ pub fn rank(score: f64) -> u128 {
     if score.is_nan() {
         return u128::MAX;
     }
-    let bits = score.to_bits();
+    // both zeros are one
+    let bits = (score + 0.0).to_bits();
     u128::from(if bits >> 63 == 1 { !bits } else { bits | 1 << 63 })
 }
 
+/// A score of two: the second decides where the first is equal.
+fn then(first: u128, second: u64) -> u128 {
+    (first << 64) | u128::from(second)
+}
+
+/// A value remembered for each worker, by its number.
+fn slot<T: Default>(all: &mut Vec<T>, worker: usize) -> &mut T {
+    if all.len() <= worker {
+        all.resize_with(worker + 1, T::default);
+    }
+    &mut all[worker]
+}
+
 #[cfg(test)]
-mod tests {
+mod unit {
     use super::*;
 
     #[test]
@@ -60,5 +176,7 @@ mod tests {
         let numbers = [f64::NEG_INFINITY, -2.0, -1e-300, 0.0, 1e-300, 0.5, 3.0, f64::INFINITY];
         assert!(numbers.windows(2).all(|pair| rank(pair[0]) < rank(pair[1])));
         assert!(rank(f64::NAN) > rank(f64::INFINITY));
+        assert_eq!(rank(-0.0), rank(0.0));
+        assert!(then(rank(1.0), u64::MAX) < then(rank(1.0 + f64::EPSILON), 0));
     }
 }

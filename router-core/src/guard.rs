@@ -1,0 +1,244 @@
+//! The hotspot guard: where few workers hold a prefix that most requests share, the product may send all of them there.
+//!
+//! It sees which prefixes are popular among the latest requests, and who holds them. A class `c` is safe if its share
+//! `x_c` of the requests is at most the share of workers that hold it, `x_c <= |M| / n`: then even if all of it goes to
+//! its holders M and all else to the others, nobody gets more than his part (arXiv 2603.15202, section 5; this form
+//! derived in `docs/hotspot.md`). Where it is not safe there is an alarm, and if then `2|M|` requests of the class in a
+//! row would still go to a holder, holders are filtered: each request makes one holder more, until it is safe again.
+//!
+//! Nothing can be set. It knows no text and no session: a class is a chained hash, so a prefix.
+
+use std::collections::VecDeque;
+
+use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
+
+use crate::block::BlockHash;
+use crate::policy::Candidate;
+use crate::units::Blocks;
+
+/// Requests of the window for each worker. A minute, or 2,000 requests, see a burst a second too late: by then hundreds
+/// queue at its one holder. [simulation study]
+const WINDOW: usize = 16;
+/// A class has at least so many requests of the window for each worker: an eighth of the window. Of fewer, two for each
+/// worker, nobody can tell a hotspot from chance. [simulation study]
+const POPULAR: usize = 2;
+/// An alarm begins when the holders' part is this many tenths of what is safe: counts waver.
+const ALARM_TENTHS: u64 = 11;
+/// Depths up to this are all counted.
+const EVERY_DEPTH: usize = 16;
+
+/// Depths, in blocks, at which prefixes are counted: each of the first 16, then each a quarter deeper than the last. So
+/// the depth of a class is at most a fifth too small, and where it is, holders of a little less than the whole prefix
+/// count as holders, which they nearly are.
+fn ladder() -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(1), |depth: &usize| {
+        Some(if *depth < EVERY_DEPTH { depth + 1 } else { depth.saturating_add(depth / 4) })
+    })
+}
+
+/// What the guard has seen and done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hotspots {
+    /// Times a class began to be unsafe.
+    pub alarms: u64,
+    /// Decisions that went elsewhere because holders were filtered.
+    pub filtered: u64,
+    /// Classes that are unsafe now.
+    pub alarmed: u64,
+    /// Classes from which holders are filtered now.
+    pub filtering: u64,
+}
+
+/// A decision as the guard saw it: the class of its prompt, before it was counted itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    /// Name of the class: the deepest popular prefix.
+    pub class: BlockHash,
+    /// Its depth.
+    pub depth: Blocks,
+    /// Requests of the class in the window.
+    pub requests: u32,
+    /// Requests of the window.
+    pub window: u32,
+    /// `n`: workers that could have the row.
+    pub workers: u32,
+    /// `|M|`: those of them that hold the class, on their way included.
+    pub holders: u32,
+    /// The class is unsafe.
+    pub alarm: bool,
+    /// Without the guard a holder would have it.
+    pub preferred: bool,
+    /// It went elsewhere: holders were filtered.
+    pub filtered: bool,
+}
+
+impl Sighting {
+    /// `x_c`: the class's share of the window.
+    pub fn share(&self) -> f64 {
+        f64::from(self.requests) / f64::from(self.window.max(1))
+    }
+
+    /// `x_c * n / |M|`: how many times its part a holder gets if all of the class goes to holders. Up to 1 it is safe.
+    pub fn pressure(&self) -> f64 {
+        self.share() * f64::from(self.workers) / f64::from(self.holders.max(1))
+    }
+
+    /// Whether the holders' part is above so many tenths of what is safe; where all are holders, or none is, there is nobody
+    /// to turn to.
+    fn is_above(&self, tenths: u64) -> bool {
+        let [requests, window] = [self.requests, self.window].map(u64::from);
+        let [workers, holders] = [self.workers, self.holders].map(u64::from);
+        (1..workers).contains(&holders) && requests * workers * 10 > tenths * holders * window
+    }
+}
+
+/// A class that was unsafe at its last decision.
+#[derive(Clone, Copy, Debug, Default)]
+struct Alarm {
+    /// Decisions in a row that would have gone to a holder.
+    preferred: u64,
+    /// They were too many: holders are filtered until it is safe.
+    filtering: bool,
+}
+
+/// Watches decisions, and says where the holders of a prefix are not to be chosen.
+///
+/// One look-up and one count of at most 16 depths, and 4 for each doubling beyond 16 blocks, a decision; the memory is that
+/// of the counts of 16 requests for each worker.
+#[derive(Clone, Debug)]
+pub(crate) struct Guard {
+    /// Names of the counted prefixes of the window's requests, oldest first.
+    names: VecDeque<BlockHash>,
+    /// How many each request has.
+    requests: VecDeque<u16>,
+    /// Requests of the window that begin with this prefix.
+    counts: HashMap<BlockHash, u32>,
+    alarms: HashMap<BlockHash, Alarm>,
+    /// Requests that make a class.
+    popular: usize,
+    total: Hotspots,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Self {
+            names: VecDeque::new(),
+            requests: VecDeque::new(),
+            counts: HashMap::new(),
+            alarms: HashMap::new(),
+            popular: usize::MAX,
+            total: Hotspots::default(),
+        }
+    }
+}
+
+impl Guard {
+    /// What it has seen and done.
+    pub(crate) fn hotspots(&self) -> Hotspots {
+        let filtering = self.alarms.values().filter(|alarm| alarm.filtering).count() as u64;
+        Hotspots { alarmed: self.alarms.len() as u64, filtering, ..self.total }
+    }
+
+    /// The class of a prompt, if it is of one, where without the guard the candidate `best` would be chosen. Its holders are
+    /// those that match it at least so deep. If they are not to be chosen, they are marked as filtered.
+    pub(crate) fn judge(
+        &self,
+        chain: &[BlockHash],
+        matched: &[usize],
+        candidates: &mut [Candidate],
+        best: usize,
+    ) -> Option<Sighting> {
+        let (class, depth, requests) = self.class(chain)?;
+        let holds = |candidate: &Candidate| matched.get(candidate.worker.0 as usize).is_some_and(|&at| at >= depth);
+        let mut sighting = Sighting {
+            class,
+            depth: Blocks(depth as u64),
+            requests,
+            window: self.requests.len() as u32,
+            workers: candidates.len() as u32,
+            holders: candidates.iter().filter(|candidate| holds(candidate)).count() as u32,
+            alarm: false,
+            preferred: candidates.get(best).is_some_and(holds),
+            filtered: false,
+        };
+        let known = self.alarms.get(&class);
+        sighting.alarm = sighting.is_above(if known.is_some() { 10 } else { ALARM_TENTHS });
+        sighting.filtered = sighting.alarm && sighting.preferred && known.is_some_and(|alarm| alarm.filtering);
+        if sighting.filtered {
+            for candidate in candidates {
+                candidate.filtered = holds(candidate);
+            }
+        }
+        Some(sighting)
+    }
+
+    /// A decision was made of a prompt, by this sighting.
+    pub(crate) fn observe(&mut self, chain: &[BlockHash], workers: usize, sighting: Option<&Sighting>) {
+        if let Some(sighting) = sighting {
+            self.weigh(sighting);
+        }
+        self.count(chain, workers);
+    }
+
+    fn weigh(&mut self, sighting: &Sighting) {
+        if !sighting.alarm {
+            self.alarms.remove(&sighting.class);
+            return;
+        }
+        let alarm = self.alarms.entry(sighting.class).or_insert_with(|| {
+            self.total.alarms += 1;
+            Alarm::default()
+        });
+        alarm.preferred = if sighting.preferred { alarm.preferred + 1 } else { 0 };
+        alarm.filtering |= alarm.preferred >= 2 * u64::from(sighting.holders);
+        self.total.filtered += u64::from(sighting.filtered);
+    }
+
+    /// The deepest prefix of the chain that is popular. Counts only fall with depth, so the first that is too small ends it.
+    fn class(&self, chain: &[BlockHash]) -> Option<(BlockHash, usize, u32)> {
+        let mut deepest = None;
+        for depth in ladder().take_while(|depth| *depth <= chain.len()) {
+            let name = chain[depth - 1];
+            match self.counts.get(&name) {
+                Some(&count) if count as usize >= self.popular => deepest = Some((name, depth, count)),
+                _ => break,
+            }
+        }
+        deepest
+    }
+
+    /// Takes the request in, and those out that are too old for so many workers.
+    fn count(&mut self, chain: &[BlockHash], workers: usize) {
+        let popular = POPULAR * workers.max(1);
+        if popular != std::mem::replace(&mut self.popular, popular) {
+            let counts = &self.counts;
+            self.alarms.retain(|class, _| counts.get(class).is_some_and(|&count| count as usize >= popular));
+        }
+        let before = self.names.len();
+        for depth in ladder().take_while(|depth| *depth <= chain.len()) {
+            let name = chain[depth - 1];
+            *self.counts.entry(name).or_default() += 1;
+            self.names.push_back(name);
+        }
+        // a ladder has some 200 rungs up to all memory there is
+        self.requests.push_back((self.names.len() - before) as u16);
+        while self.requests.len() > WINDOW * workers.max(1) {
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) {
+        let names = self.requests.pop_front().unwrap_or(0);
+        for name in self.names.drain(..usize::from(names)) {
+            let Entry::Occupied(mut count) = self.counts.entry(name) else { continue };
+            *count.get_mut() -= 1;
+            if (*count.get() as usize) < self.popular {
+                self.alarms.remove(&name);
+            }
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Flags of `simulate`, as they are written. What they mean is checked in one place (`plan.rs`), for the command line and
+//! for Python alike, so every value is a text here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Command, FromArgMatches};
+
+/// Flags of `simulate`. Each list is a dimension of a grid: all combinations are run.
+#[derive(Clone, Debug, Args)]
+pub struct SimulateArgs {
+    /// What is run.
+    #[command(flatten)]
+    pub asked: Asked,
+    /// Where report.json, plots (PNG) and report.html go.
+    #[arg(long, help_heading = "Results", value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Print the report as JSON instead of a table.
+    #[arg(long, help_heading = "Results")]
+    pub json: bool,
+    /// Replay a recorded run of real workers and print how far the model is off.
+    #[arg(long, help_heading = "Results", value_name = "RUN.json", conflicts_with_all = ["trace", "synthetic"])]
+    pub validate: Option<PathBuf>,
+}
+
+/// What is run.
+#[derive(Clone, Debug, Args)]
+pub struct Asked {
+    /// Files of requests: JSON lines of requests, Mooncake's, or the CSV of Azure and `BurstGPT`; also as .gz.
+    #[arg(long, help_heading = "Requests", value_name = "FILE[,..]", value_delimiter = ',')]
+    pub trace: Vec<String>,
+    /// Generated requests, by the name of their lengths, instead of a file.
+    #[arg(long, help_heading = "Requests", value_name = "NAME", requires = "rate", conflicts_with = "trace")]
+    pub synthetic: Option<String>,
+    /// Generated requests a second.
+    #[arg(long, help_heading = "Requests", value_name = "R", requires = "synthetic")]
+    pub rate: Option<String>,
+    /// Seconds of generated requests.
+    #[arg(long, help_heading = "Requests", value_name = "T", default_value = "300", requires = "synthetic")]
+    pub seconds: String,
+    /// Times the trace's own rate: faster up to a point, then superposed copies.
+    #[arg(long, help_heading = "Requests", value_name = "X[,..]", value_delimiter = ',', default_value = "1")]
+    pub rate_scale: Vec<String>,
+    /// Only requests from A to B seconds of the trace.
+    #[arg(long, help_heading = "Requests", value_name = "A:B")]
+    pub window: Option<String>,
+    /// closed: a turn waits for the previous one's end; open: every turn at its time, a stress test.
+    #[arg(long, help_heading = "Requests", value_name = "closed|open", default_value = "closed")]
+    pub sessions: String,
+    /// Most output tokens, which every request announces; without it the trace's longest answer.
+    #[arg(long, help_heading = "Requests", value_name = "TOKENS")]
+    pub limit: Option<String>,
+    /// How many workers.
+    #[arg(long, help_heading = "Fleet", value_name = "N[,..]", value_delimiter = ',', default_value = "8")]
+    pub workers: Vec<String>,
+    /// Names of modelled devices, or files with their coefficients.
+    #[arg(long, help_heading = "Fleet", value_name = "M[,..]", value_delimiter = ',', default_value = "7b-h20")]
+    pub cost_model: Vec<String>,
+    /// Host time of an iteration that the device waits for, in milliseconds; without it the device's own.
+    #[arg(long, help_heading = "Fleet", value_name = "H[,..]", value_delimiter = ',')]
+    pub host_ms: Vec<String>,
+    /// What a slice start exposes, in milliseconds; without it the device's own.
+    #[arg(long, help_heading = "Fleet", value_name = "O[,..]", value_delimiter = ',')]
+    pub start_ms: Vec<String>,
+    /// How late what workers say reaches the router, in milliseconds.
+    #[arg(long, help_heading = "Fleet", value_name = "D[,..]", value_delimiter = ',', default_value = "0")]
+    pub delay_ms: Vec<String>,
+    /// Sigma of the log-normal factor on the time of slices; an iteration's is twice as wide.
+    #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0")]
+    pub noise: String,
+    /// Sigma of the log-normal factor by which each worker is always slower or faster, unknown to the router.
+    #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0")]
+    pub bias: String,
+    /// continuous, slice, ils, scls, sls, so, pm, ab, lb; after @ its rows (continuous, sls) or its S (the others).
+    #[arg(
+        long,
+        help_heading = "Scheduling",
+        value_name = "S[,..]",
+        value_delimiter = ',',
+        default_value = "continuous"
+    )]
+    pub scheduler: Vec<String>,
+    /// How a worker is chosen: ours or a rival's name, its weight after @.
+    #[arg(long, help_heading = "Scheduling", value_name = "P[,..]", value_delimiter = ',', default_value = "product")]
+    pub policy: Vec<String>,
+    /// What a decision moves in the router: prefixes and load, or load alone as in the paper's form.
+    #[arg(
+        long,
+        help_heading = "Scheduling",
+        value_name = "prefixes|load[,..]",
+        value_delimiter = ',',
+        default_value = "prefixes"
+    )]
+    pub commit: Vec<String>,
+    /// The hotspot guard.
+    #[arg(long, help_heading = "Scheduling", value_name = "on|off[,..]", value_delimiter = ',', default_value = "off")]
+    pub guard: Vec<String>,
+    /// Runs of each combination, with seeds 1 to K: arrivals are shifted a little.
+    #[arg(long, help_heading = "Runs", value_name = "K", default_value = "1")]
+    pub seeds: String,
+    /// A run is over at this time, whatever is left.
+    #[arg(long, help_heading = "Runs", value_name = "SECONDS")]
+    pub until: Option<String>,
+    /// Count goodput: requests within so many seconds to the first token and so many a token after it.
+    #[arg(long, help_heading = "Runs", value_name = "TTFT:TPOT")]
+    pub slo: Option<String>,
+    /// Runs at once; without it the cores of this machine.
+    #[arg(long, help_heading = "Runs", value_name = "J")]
+    pub jobs: Option<String>,
+}
+
+impl Default for Asked {
+    /// What an empty command line says.
+    fn default() -> Self {
+        let matches = Self::augment_args(Command::new("simulate")).get_matches_from(["simulate"]);
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+}
+
+/// Flags of `doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// File of requests with block hashes.
+    #[arg(long, value_name = "FILE")]
+    pub trace: String,
+    /// How many workers.
+    #[arg(long, value_name = "N", default_value = "16")]
+    pub workers: String,
+    /// The name of a modelled device, or a file with its coefficients.
+    #[arg(long, value_name = "M", default_value = "7b-h20")]
+    pub cost_model: String,
+    /// Times the trace's own rate.
+    #[arg(long, value_name = "X", default_value = "1")]
+    pub rate_scale: String,
+    /// Where report.json, the plot (PNG) and report.html go.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Print the report as JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}

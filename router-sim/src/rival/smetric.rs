@@ -1,0 +1,44 @@
+//! `SMetric` (arXiv 2607.08565): balance first turns, keep later ones.
+
+use super::forecast::Forecast;
+use super::{Rival, Sight, rank};
+use crate::device::Device;
+
+/// How many times its objective a later turn may wait for its prefix.
+const SLACK: f64 = 2.0;
+
+/// A first turn goes by `(Q + u) * (b + 1)`. A later one goes to the longest hit, unless its time to first token there passes the slack
+/// times the objective; then to the least loaded.
+///
+/// Simplified: a trace has no objectives, so a turn's is what its whole prompt takes on an idle worker. Without sessions every request is
+/// a first turn.
+pub struct Smetric(Forecast);
+
+impl Smetric {
+    pub(super) fn new(device: &Device) -> Self {
+        Self(Forecast::new(device))
+    }
+}
+
+impl Rival for Smetric {
+    fn name(&self) -> String {
+        "smetric".to_owned()
+    }
+
+    fn scores(&mut self, sight: &Sight<'_>, scores: &mut Vec<u128>) {
+        if sight.session.is_none() || sight.turn == 0 {
+            let prefill = |at: usize| u128::from(sight.queued(at)) + u128::from(sight.fresh(at));
+            return sight.each(scores, |at| prefill(at) * (u128::from(sight.batch(at)) + 1));
+        }
+        let least = sight.least(|at| sight.fresh(at));
+        let bound = SLACK * self.0.prefill(sight.seen.tokens.0, 0);
+        let ttft: Vec<f64> = (0..sight.count()).map(|at| self.0.ttft(sight, at)).collect();
+        let keeps = |at: usize| sight.fresh(at) == least && ttft[at] <= bound;
+        let kept = (0..sight.count()).any(keeps);
+        sight.each(scores, |at| match kept {
+            true if keeps(at) => rank(ttft[at]),
+            true => u128::MAX,
+            false => sight.batch(at).into(),
+        });
+    }
+}
