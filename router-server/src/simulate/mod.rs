@@ -8,6 +8,7 @@ mod names;
 mod plan;
 mod progress;
 mod report;
+mod validate;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -24,6 +25,9 @@ use progress::Progress;
 /// Runs what is asked for and returns what is to be printed. `stop` ends it early, with what has run; `command` is told in
 /// the report.
 pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<String, Failure> {
+    if let Some(file) = &args.validate {
+        return validate::run(file, args.json);
+    }
     let plan = Plan::new(&args.asked).map_err(Failure::Usage)?;
     if let Some(out) = &args.out {
         writable(out).map_err(Failure::Usage)?;
