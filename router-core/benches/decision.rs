@@ -88,12 +88,22 @@ fn commit_and_take_back(bencher: Bencher, len: usize) {
 /// Each prompt goes on from the middle of another of the sessions that the workers hold, a quarter of a million blocks.
 #[divan::bench(args = LENGTHS, sample_count = 2000, sample_size = 1)]
 fn embedded_decision(bencher: Bencher, len: usize) {
+    decides(bencher, len, false);
+}
+
+/// The same with the hotspot guard.
+#[divan::bench(args = LENGTHS, sample_count = 2000, sample_size = 1)]
+fn embedded_decision_guarded(bencher: Bencher, len: usize) {
+    decides(bencher, len, true);
+}
+
+fn decides(bencher: Bencher, len: usize, guard: bool) {
     let sessions = (1 << 22) / len as u32;
     let ids = |session: u32, turn: u32| {
         let ids = prompt(len).into_iter().enumerate();
         ids.map(move |(at, id)| id ^ session ^ if at < len / 2 { 0 } else { turn }).collect::<Vec<u32>>()
     };
-    let mut router = Router::new(size());
+    let mut router = Router::new(size()).with_guard(guard);
     for w in 0..WORKERS {
         router.add_worker(&w.to_string(), None).expect("a new name");
     }

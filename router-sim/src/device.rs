@@ -101,13 +101,10 @@ impl Device {
 
     /// One of these.
     pub fn named(name: &str) -> Result<Self, DeviceError> {
-        match FILES.iter().find(|(known, _)| *known == name) {
-            Some((_, text)) => Self::parse(name, text),
-            None => {
-                let known: Vec<&str> = Self::names().collect();
-                Err(DeviceError::Unknown { name: name.to_owned(), hint: hint(name, &known) })
-            }
-        }
+        let known: Vec<&str> = Self::names().collect();
+        let text = FILES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text);
+        let unknown = || DeviceError::Unknown { name: name.to_owned(), hint: hint(name, &known) };
+        Self::parse(name, text.ok_or_else(unknown)?)
     }
 
     /// The text of a file like those of `models/`, or the JSON that `scls-router calibrate` writes (a calibration, or a cost

@@ -1,7 +1,7 @@
 //! The name that was meant.
 
 /// A hint for an unknown name: the one most like it, or all where none is.
-pub(crate) fn hint<'a>(name: &str, known: &[&'a str]) -> String {
+pub(crate) fn hint(name: &str, known: &[&str]) -> String {
     const ALIKE: f64 = 0.7;
     let alike = known.iter().map(|one| (*one, strsim::jaro_winkler(&name.to_lowercase(), one)));
     match alike.max_by(|one, other| one.1.total_cmp(&other.1)) {

@@ -1,7 +1,7 @@
 //! One simulated run: a trace, a fleet, a way to schedule. All that `scls-router simulate`, the Python module and the figures
 //! do is made of these.
 
-use router_core::{Commit, Micros, Mode, PolicyName};
+use router_core::{BlockSize, Commit, Micros, Mode, PolicyName};
 
 use crate::device::Device;
 use crate::served::Record;
@@ -29,6 +29,12 @@ pub enum System {
         commit: Commit,
         /// The core's hotspot guard.
         guard: bool,
+    },
+    /// The same engines and router, but decisions move nothing: Q and b are what engines said last. It shows what committing
+    /// them is for.
+    Uncommitted {
+        /// As above.
+        policy: String,
     },
     /// Slice workers behind the core's `Scheduler`.
     Scheduled {
@@ -81,6 +87,14 @@ pub struct Run<'a> {
     pub sample_every: Micros,
 }
 
+impl Run<'_> {
+    /// Tokens of a KV block: the trace's, else 16 as engines have it.
+    pub fn block_size(&self) -> BlockSize {
+        const USUAL: BlockSize = BlockSize::new(16).expect("not zero");
+        self.trace.block_size.unwrap_or(USUAL)
+    }
+}
+
 /// Why a run cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RunError {
@@ -95,6 +109,12 @@ pub enum RunError {
         /// The nearest, or all.
         nearest: String,
     },
+    /// A weight that a policy does not take.
+    #[error("{0}")]
+    Weight(String),
+    /// Only a system with a router makes decisions that can be followed.
+    #[error("slice workers are not routed to\nfollow a run of iteration-level engines")]
+    NotRouted,
     /// A request that no worker of the fleet can hold.
     #[error("{0}")]
     Unservable(String),
@@ -103,7 +123,7 @@ pub enum RunError {
 /// Runs it. `progress` is told the share that is done, now and then; `false` ends the run early.
 pub fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Result<Record, RunError> {
     match run.system {
-        System::Continuous { .. } => crate::fleet::run(run, progress),
+        System::Continuous { .. } | System::Uncommitted { .. } => crate::fleet::run(run, progress),
         System::Scheduled { .. } => crate::scheduled::run(run, progress),
     }
 }

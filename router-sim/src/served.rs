@@ -34,6 +34,8 @@ pub struct Record {
     pub served: Vec<Served>,
     /// Requests no worker could take.
     pub rejected: u64,
+    /// Rows that began anew because their worker vanished.
+    pub resent: u64,
     /// Workers by slot.
     pub workers: Vec<WorkerOutcome>,
     /// Rows of each worker's batch (b, waiting ones included) and its queued prefill tokens, sampled at equal times.

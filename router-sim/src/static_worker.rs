@@ -199,7 +199,7 @@ impl StaticWorker {
             self.rows.insert(start.key, sequence);
         }
         self.plans.started();
-        let length = |key: &RowKey| self.rows[key].tokens.len() as u64;
+        let length = |key: &RowKey| self.rows[key].len() as u64;
         let longest = members.iter().map(length).max().unwrap_or(0);
         self.running = Some(Rectangle {
             no: plan.no,

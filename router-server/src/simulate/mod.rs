@@ -2,10 +2,15 @@
 //! threads, progress and pictures are here, all else is `router-sim`.
 
 mod args;
+mod curves;
 mod execute;
+mod figure;
+mod figures;
+mod html;
 mod inputs;
 mod names;
 mod plan;
+mod plot;
 mod progress;
 mod report;
 mod validate;
@@ -20,6 +25,8 @@ pub use execute::{Done, Watch, execute};
 pub use plan::Plan;
 
 use crate::run::Failure;
+use curves::Curves;
+use figure::Figure;
 use progress::Progress;
 
 /// Runs what is asked for and returns what is to be printed. `stop` ends it early, with what has run; `command` is told in
@@ -33,12 +40,15 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
         writable(out).map_err(Failure::Usage)?;
     }
     let progress = Progress::new(&plan, stop);
-    let done = execute(&plan, &progress, &|done| done.row).map_err(Failure::Usage)?;
+    let keep = |done: Done<'_>| (Curves::of(done.run, &done.record), done.row);
+    let done = execute(&plan, &progress, &keep).map_err(Failure::Usage)?;
     progress.finish();
-    let rows: Vec<Map<String, Value>> = done.into_iter().map(|(_, row)| row).collect();
+    let (curves, rows): (Vec<Curves>, Vec<Map<String, Value>>) = done.into_iter().map(|(_, kept)| kept).unzip();
     let report = report::report(command, &rows);
     if let Some(out) = &args.out {
         write(&out.join("report.json"), format!("{report:#}\n").as_bytes())?;
+        let figures = figures::figures(&rows, &curves);
+        draw(out, "scls-router simulate", command, &report::table(&rows), &figures)?;
     }
     let said = if args.json { format!("{report:#}\n") } else { report::table(&rows) };
     if rows.len() < plan.cases.len() {
@@ -46,6 +56,17 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
         return Err(Failure::Early(said, format!("ended by a signal: {done} of {all} runs are done")));
     }
     Ok(said)
+}
+
+/// One page, and a file for each picture.
+fn draw(out: &Path, title: &str, command: &str, table: &str, figures: &[Figure]) -> Result<(), Failure> {
+    let page = html::page(title, command, table, figures).map_err(Failure::Run)?;
+    write(&out.join("report.html"), page.as_bytes())?;
+    for figure in figures {
+        let bytes = plot::png(figure).map_err(Failure::Run)?;
+        write(&out.join(format!("{}.png", figure.name)), &bytes)?;
+    }
+    Ok(())
 }
 
 /// Makes the folder, if it is not there, and sees whether a file can be in it.

@@ -297,12 +297,7 @@ impl Engine {
         self.queued
     }
 
-    /// Requests whose rows are here, unfinished, in order of admission, then of waiting.
-    pub(crate) fn requests(&self) -> impl Iterator<Item = u32> {
-        self.running.iter().chain(&self.waiting).map(|place| self.rows[*place as usize].request)
-    }
-
-    /// How far the rows that are here have come.
+    /// How far the rows that are here have come, in order of admission, then of waiting.
     pub(crate) fn unfinished(&self, now: Micros) -> impl Iterator<Item = (u32, Ended)> {
         let ahead = self.spell.as_ref().map_or(0, |spell| spell.ends.partition_point(|end| *end <= now)) as u64;
         self.running.iter().chain(&self.waiting).map(move |place| {
