@@ -157,8 +157,8 @@ impl Trace {
     }
 }
 
-/// Times of a Poisson process.
-pub(super) fn poisson(name: &str, random: &mut Random, rate: f64, seconds: f64) -> Result<Vec<Micros>, TraceError> {
+/// Whether there can be a Poisson process of that rate and length.
+pub(super) fn check_poisson(name: &str, rate: f64, seconds: f64) -> Result<(), TraceError> {
     let whole = |problem| TraceError::Whole { name: name.to_owned(), problem };
     let number = |what, value, expected| whole(Problem::Number { what, value, expected });
     if !(rate > 0.0 && rate.is_finite()) {
@@ -170,6 +170,12 @@ pub(super) fn poisson(name: &str, random: &mut Random, rate: f64, seconds: f64) 
     if rate * seconds > MOST_REQUESTS as f64 * 0.9 {
         return Err(whole(Problem::Most("134 million requests")));
     }
+    Ok(())
+}
+
+/// Times of a Poisson process.
+pub(super) fn poisson(name: &str, random: &mut Random, rate: f64, seconds: f64) -> Result<Vec<Micros>, TraceError> {
+    check_poisson(name, rate, seconds)?;
     let mut times = Vec::new();
     let mut at = random.exponential(1.0 / rate);
     while at < seconds {
