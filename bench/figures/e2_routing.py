@@ -19,6 +19,7 @@ from typing import Any
 from routing import (
     LOADS,
     TRAFFIC,
+    Cache,
     Cell,
     Traffic,
     geometric,
@@ -128,6 +129,22 @@ def point(traffic: Traffic, rate: float, seeds: int, device: str, window: str | 
     again = tuple(p for p in everything if p in OURS or p in ("min_ttft", "jsq") or p in near)
     full = {key(cell): cell for cell in run(traffic, rate, seeds, again, device, window)}
     return [full.get(key(cell), cell) for cell in cells]
+
+
+def top_rate(cache: Cache, traffic: Traffic, device: str) -> float:
+    """The maximum rate, found once."""
+    key = f"{device}-{traffic.name}"
+    found = cache.get(key)
+    if found is None:
+        found = maximum(traffic, device, SEARCH)
+        cache.put(key, found)
+    return float(found)
+
+
+def resumed(cache: Cache, traffic: Traffic, load: float, most: float, seeds: int, device: str) -> list[Cell]:
+    """A point with so many seeds."""
+    key = f"{device}-{traffic.name}-{load:g}-"
+    return cache.cells(f"{key}{seeds}", lambda: point(traffic, load * most, seeds, device, None))
 
 
 Points = dict[tuple[str, float], list[Cell]]
@@ -285,12 +302,12 @@ def main() -> None:
         traffic = TRAFFIC["mixed"]
         points["mixed", 0.5] = point(traffic, 1.7, 1, args.device, "0:60")
     else:
+        cache = Cache("e2")
         for name in args.traces.split(","):
-            traffic = TRAFFIC[name]
-            most[name] = maximum(traffic, args.device, SEARCH)
+            most[name] = top_rate(cache, TRAFFIC[name], args.device)
             print(f"{name}: at most {most[name]:.3g} times its rate ({time.monotonic() - began:.0f} s)", flush=True)
             for load in map(float, args.loads.split(",")):
-                points[name, load] = point(traffic, load * most[name], args.seeds, args.device, None)
+                points[name, load] = resumed(cache, TRAFFIC[name], load, most[name], args.seeds, args.device)
                 show({(name, load): points[name, load]})
     goals, losses, table = judge(points)
     print_goals(goals)
