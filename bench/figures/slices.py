@@ -78,6 +78,7 @@ def trace(work: Workload, rate: float, seconds: float, seed: int, folder: Path) 
     if path.exists():
         return path
     draw = random.Random(f"{work.name} {seed}")
+    most, drawn = work.most, pool(work.lengths) if work.lengths else []
     at, lines = 0.0, []
     while True:
         at += draw.expovariate(rate)
@@ -87,10 +88,9 @@ def trace(work: Workload, rate: float, seconds: float, seed: int, folder: Path) 
             prompt = min(1024, max(4, round(math.exp(draw.gauss(4.6, 1.3)))))
             output = min(1024, max(2, round(math.exp(draw.gauss(5.2, 1.0)))))
         else:
-            prompt, output = draw.choice(pool(work.lengths))
-        prompt, output = min(prompt, work.most), min(output, work.limit)
-        line = {"arrival_s": round(at, 6), "input_tokens": prompt, "output_tokens": output}
-        lines.append(json.dumps(line))
+            prompt, output = draw.choice(drawn)
+        prompt, output = min(prompt, most), min(output, work.limit)
+        lines.append(f'{{"arrival_s": {at:.6f}, "input_tokens": {prompt}, "output_tokens": {output}}}')
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -349,7 +349,7 @@ class Decision:
         worker: str,
         candidates: Sequence[tuple[str, int, int, int]],
         scores: Sequence[int],
-        anticipation: tuple[float, float] = (0.0, 0.0),
+        anticipation: tuple[float, float] = ...,
     ) -> Decision:
         """A record put together again, as a pickle does.
 
@@ -681,8 +681,8 @@ class Scheduler:
         """A scheduler without workers.
 
         Args:
-            policy: where arrivals go: ``product``, ``product_time`` (the product in seconds), ``round_robin``, ``random`` or
-                ``least_requests``.
+            policy: where arrivals go: ``product``, ``product_anticipating``, ``product_time`` (the product in seconds),
+                ``round_robin``, ``random`` or ``least_requests``.
             scheduler: how rows become batches: ``slice``, or ``scls``, ``sls``, ``ils`` to compare with.
             block_size: tokens a KV block, as in the workers.
             hash_root: u64 at the start of every chain of block hashes.

@@ -22,6 +22,7 @@ __all__ = [
     "Drop",
     "Finish",
     "FinishReason",
+    "Hotspot",
     "Placed",
     "Plan",
     "Quarantine",
@@ -404,6 +405,7 @@ class Candidate(NamedTuple):
         work: its committed work in seconds.
         joined: seconds of one slice there with this row in it; 0 where the policy does not ask.
         free_blocks: KV blocks that its running batch cannot need.
+        filtered: the hotspot guard keeps the row from it, whatever its score.
     """
 
     worker: str
@@ -413,6 +415,33 @@ class Candidate(NamedTuple):
     work: float
     joined: float
     free_blocks: int
+    filtered: bool = False
+
+
+class Hotspot(NamedTuple):
+    """A decision as the hotspot guard saw it: its prompt begins with a prefix that many of the latest requests have.
+
+    The prefix is safe while ``requests / window * workers <= holders``: then its holders get no more than their part.
+
+    Attributes:
+        blocks: its depth.
+        requests: those of the window that begin with it.
+        window: the latest requests, 16 for each worker.
+        workers: those that could have the row.
+        holders: those of them that hold the prefix.
+        alarm: it is not safe.
+        preferred: without the guard a holder would have the row.
+        filtered: it went elsewhere, because holders were filtered.
+    """
+
+    blocks: int
+    requests: int
+    window: int
+    workers: int
+    holders: int
+    alarm: bool
+    preferred: bool
+    filtered: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +459,9 @@ class Decision:
         worker: who got it.
         scores: of each candidate; the smallest wins.
         candidates: who could have it.
+        anticipation: what ``product_anticipating`` expects: arrivals a second at each worker, and seconds of prefill a
+            token; zeros for other policies.
+        hotspot: what the hotspot guard made of the prompt; None if it is of no class.
     """
 
     id: int
@@ -442,6 +474,8 @@ class Decision:
     worker: str
     scores: tuple[int, ...]
     candidates: tuple[Candidate, ...]
+    anticipation: tuple[float, float] = (0.0, 0.0)
+    hotspot: Hotspot | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use router_core::{
     Action, Band, BatchEnd, BatchRecord, BlockHash, Decision, FinishReason, Keep, Micros, Plan, Rejection, RowEnd,
-    RowId, RowKey, RowStart, WorkerId, WorkerLoad,
+    RowId, RowKey, RowStart, Sighting, WorkerId, WorkerLoad,
 };
 
 use crate::class::Class;
@@ -19,7 +19,7 @@ macro_rules! classes {
 
 classes! {
     BAND = "Band", BATCH_OUTCOME = "BatchOutcome", BATCH_RECORD = "BatchRecord", CANDIDATE = "Candidate", CUT = "Cut",
-    DECISION = "Decision", DROP = "Drop", FINISH = "Finish", PLACED = "Placed", PLAN = "Plan", QUARANTINE = "Quarantine",
+    DECISION = "Decision", DROP = "Drop", FINISH = "Finish", HOTSPOT = "Hotspot", PLACED = "Placed", PLAN = "Plan", QUARANTINE = "Quarantine",
     REJECT = "Reject", RELEASE_KV = "ReleaseKv", RESYNC = "Resync", ROW_ID = "RowId", ROW_KEY = "RowKey",
     ROW_START = "RowStart", TOKENS = "Tokens", WAKE_AT = "WakeAt", WORKER_LOAD = "WorkerLoad",
 }
@@ -153,7 +153,8 @@ pub(crate) fn decision<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let candidates = decision.candidates.iter().zip(names).map(|(c, name)| {
         let (work, joined) = (seconds(c.work), seconds(c.joined));
-        CANDIDATE.of(py, (name.as_deref(), c.new_tokens.0, c.queued.0, c.batch_size, work, joined, c.free.0))
+        let name = name.as_deref();
+        CANDIDATE.of(py, (name, c.new_tokens.0, c.queued.0, c.batch_size, work, joined, c.free.0, c.filtered))
     });
     let candidates = tuple(py, candidates)?;
     let at = decision.candidates.iter().position(|c| c.worker == decision.worker);
@@ -172,8 +173,15 @@ pub(crate) fn decision<'py>(
             worker,
             PyTuple::new(py, &decision.scores)?,
             candidates,
+            (decision.anticipation.arrivals_a_second(), decision.anticipation.seconds_a_token()),
+            decision.guard.map(|sighting| hotspot(py, &sighting)).transpose()?,
         ),
     )
+}
+
+fn hotspot<'py>(py: Python<'py>, seen: &Sighting) -> PyResult<Bound<'py, PyAny>> {
+    let Sighting { depth, requests, window, workers, holders, alarm, preferred, filtered, .. } = *seen;
+    HOTSPOT.of(py, (depth.0, requests, window, workers, holders, alarm, preferred, filtered))
 }
 
 /// A batch on the worker of this name.

@@ -58,8 +58,8 @@ use crate::router::held;
 /// be called from any thread; what a caller should see in order it calls in order.
 ///
 /// Args:
-///     policy: where arrivals go: ``product``, ``product_time`` (the product in seconds), ``round_robin``, ``random`` or
-///         ``least_requests``.
+///     policy: where arrivals go: ``product``, ``product_anticipating``, ``product_time`` (the product in seconds),
+///         ``round_robin``, ``random`` or ``least_requests``.
 ///     scheduler: how rows become batches: ``slice``, or ``scls``, ``sls``, ``ils`` to compare with.
 ///     block_size: tokens a KV block, as in the workers.
 ///     hash_root: u64 at the start of every chain of block hashes.

@@ -483,7 +483,7 @@ said = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(["slice", "ils", "scls", "sls", "so", "pm", "ab", "lb"]),
-    st.sampled_from(["product", "product_time", "round_robin", "random", "least_requests"]),
+    st.sampled_from(["product", "product_anticipating", "product_time", "round_robin", "random", "least_requests"]),
     st.none() | sizes,
     st.lists(st.tuples(seconds, said), max_size=40),
 )

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use router_core::{
     BatchEnd, BlockHash, BlockSize, Blocks, CostModel, Decision, Epoch, FinishReason, Iteration, Keep, Layout, Micros,
     ModelSpec, PaddedCost, PagedPrefill, PagedStep, Plan, PlanNo, Refusal, RequestId, RowId, RowKey, RowReport,
-    RowStart, RowTokens, SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
+    RowStart, RowTokens, Sighting, SliceReport, TokenLogprobs, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 use crate::proto;
@@ -428,6 +428,9 @@ pub fn decision(decision: &Decision, name: impl Fn(WorkerId) -> String) -> proto
         turn: decision.turn,
         prompt_tokens: narrow(decision.tokens.0),
         seed: decision.seed,
+        arrivals: decision.anticipation.arrivals,
+        prefill_time: decision.anticipation.prefill,
+        hotspot: decision.guard.map(hotspot),
         candidates: candidates
             .map(|(candidate, score)| proto::CandidateScore {
                 worker_id: name(candidate.worker),
@@ -439,8 +442,23 @@ pub fn decision(decision: &Decision, name: impl Fn(WorkerId) -> String) -> proto
                 score_high: (score >> 64) as u64,
                 score_low: *score as u64,
                 joined_us: candidate.joined.0,
+                filtered: candidate.filtered,
             })
             .collect(),
+    }
+}
+
+fn hotspot(sighting: Sighting) -> proto::Hotspot {
+    proto::Hotspot {
+        block_hash: sighting.class.0,
+        blocks: sighting.depth.0,
+        requests: sighting.requests,
+        window: sighting.window,
+        workers: sighting.workers,
+        holders: sighting.holders,
+        alarm: sighting.alarm,
+        preferred: sighting.preferred,
+        filtered: sighting.filtered,
     }
 }
 

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use router_core::{
-    Action, BatchRecord, BlockHash, Decision, DecisionId, Epoch, Event, Micros, Moves, NewRequest, PlanNo, RequestId,
-    RowEnd, RowId, RowKey, Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BatchRecord, BlockHash, Decision, DecisionId, Epoch, Event, Hotspots, Micros, Moves, NewRequest, PlanNo,
+    RequestId, RowEnd, RowId, RowKey, Scheduler, TokenLogprobs, Tokens, WorkerId, WorkerLoad, WorkerMessage,
+    WorkerSpec,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -180,6 +181,8 @@ pub struct Figures {
     pub clock_jumps: u64,
     /// Reports of more iterations or time than there can have been.
     pub doubtful_reports: u64,
+    /// What the hotspot guard has seen and done.
+    pub hotspots: Hotspots,
 }
 
 impl PoolState {
@@ -338,6 +341,7 @@ impl Dispatcher {
                     moves: self.scheduler.moves(),
                     clock_jumps: self.scheduler.clock_jumps(),
                     doubtful_reports: self.scheduler.doubtful_reports(),
+                    hotspots: self.scheduler.hotspots().unwrap_or_default(),
                 };
                 let _ = answer.send(self.scheduler.loads());
             }

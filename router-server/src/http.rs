@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use futures::FutureExt;
-use router_core::BatchEnd;
+use router_core::{Anticipation, BatchEnd};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -270,13 +270,21 @@ async fn decisions(State(app): State<Arc<App>>) -> Json<Value> {
             json!({"worker": candidate.worker_id, "new_tokens": candidate.new_tokens,
                    "queued_tokens": candidate.queued_tokens, "batch_size": candidate.batch_size,
                    "work_us": candidate.work_us, "joined_us": candidate.joined_us,
-                   "free_blocks": candidate.free_blocks, "score": score.to_string()})
+                   "free_blocks": candidate.free_blocks, "filtered": candidate.filtered,
+                   "score": score.to_string()})
         };
         let candidates: Vec<Value> = decision.candidates.iter().map(candidate).collect();
+        let hotspot = decision.hotspot.map(|hotspot| {
+            json!({"blocks": hotspot.blocks, "requests": hotspot.requests, "window": hotspot.window,
+                   "workers": hotspot.workers, "holders": hotspot.holders, "alarm": hotspot.alarm,
+                   "preferred": hotspot.preferred, "filtered": hotspot.filtered})
+        });
+        let expected = Anticipation { arrivals: decision.arrivals, prefill: decision.prefill_time };
         json!({"decision": decision.decision_id, "at_us": decided.at.0, "request": decision.request,
                "choice": decision.choice, "worker": decision.worker_id, "recomputed": decided.recomputed,
                "policy": decision.policy, "turn": decision.turn, "seed": decision.seed,
-               "tokens": decision.prompt_tokens,
+               "tokens": decision.prompt_tokens, "arrivals_per_s": expected.arrivals_a_second(),
+               "prefill_s_per_token": expected.seconds_a_token(), "hotspot": hotspot,
                "candidates": candidates})
     };
     let all: Vec<Value> = app.fleet.decisions(None).await.into_iter().map(decided).collect();

@@ -13,7 +13,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-use router_core::{BatchRecord, Micros, Moves, Refusal, RowEnd, SliceReport, WorkerLoad};
+use router_core::{BatchRecord, Hotspots, Micros, Moves, Refusal, RowEnd, SliceReport, WorkerLoad};
 
 use crate::dispatch::Figures;
 
@@ -98,6 +98,10 @@ pub struct Metrics {
     moves: Family<ByMove, Counter>,
     clock_jumps: Family<ByModel, Counter>,
     doubtful_reports: Family<ByModel, Counter>,
+    hotspot_alarms: Family<ByModel, Counter>,
+    hotspot_filtered: Family<ByModel, Counter>,
+    hotspots: Family<ByModel, Gauge>,
+    hotspots_filtering: Family<ByModel, Gauge>,
     workers: Mutex<()>,
     gauges: Vec<WorkerGauge>,
 }
@@ -179,6 +183,26 @@ impl Default for Metrics {
             doubtful_reports: register!(
                 "doubtful_reports",
                 "reports of more iterations or time than there can have been",
+                Family::default()
+            ),
+            hotspot_alarms: register!(
+                "hotspot_alarms",
+                "times a prefix came to be too popular for the workers that hold it",
+                Family::default()
+            ),
+            hotspot_filtered: register!(
+                "hotspot_filtered",
+                "rows kept from the workers that hold such a prefix",
+                Family::default()
+            ),
+            hotspots: register!(
+                "hotspots",
+                "prefixes too popular for the workers that hold them, now",
+                Family::default()
+            ),
+            hotspots_filtering: register!(
+                "hotspots_filtering",
+                "of these, those that rows are kept from the holders of",
                 Family::default()
             ),
             clock_jumps: register!("clock_jumps", "events with a time before that of the last", Family::default()),
@@ -316,7 +340,9 @@ impl Metrics {
                 gauge.family.get_or_create_owned(&by(&load.spec.name)).set(value);
             }
         }
-        self.slice_len.clear();
+        for gauge in [&self.slice_len, &self.hotspots, &self.hotspots_filtering] {
+            gauge.clear();
+        }
         for (model, figures) in models {
             let labels = ByModel { model: model.clone() };
             self.slice_len.get_or_create_owned(&labels).set(figures.slice_len.into());
@@ -324,6 +350,13 @@ impl Metrics {
             self.clock_jumps.get_or_create_owned(&labels).inner().store(figures.clock_jumps, Ordering::Relaxed);
             let doubtful = self.doubtful_reports.get_or_create_owned(&labels);
             doubtful.inner().store(figures.doubtful_reports, Ordering::Relaxed);
+            let Hotspots { alarms, filtered, alarmed, filtering } = figures.hotspots;
+            for (counter, count) in [(&self.hotspot_alarms, alarms), (&self.hotspot_filtered, filtered)] {
+                counter.get_or_create_owned(&labels).inner().store(count, Ordering::Relaxed);
+            }
+            for (gauge, count) in [(&self.hotspots, alarmed), (&self.hotspots_filtering, filtering)] {
+                gauge.get_or_create_owned(&labels).set(i64::try_from(count).unwrap_or(i64::MAX));
+            }
             let Moves { drained, evicted, weighed, balanced } = figures.moves;
             for (reason, count) in
                 [("drained", drained), ("evicted", evicted), ("weighed", weighed), ("balanced", balanced)]
@@ -370,7 +403,9 @@ mod tests {
         metrics.slice("w0", &report());
         metrics.cut("w0");
         metrics.cut_done(Duration::from_millis(3));
-        let text = metrics.scrape(&[], &[("tiny".into(), Figures { slice_len: 40, ..Figures::default() })]);
+        let hotspots = Hotspots { alarms: 5, filtered: 4, alarmed: 3, filtering: 2 };
+        let figures = Figures { slice_len: 40, hotspots, ..Figures::default() };
+        let text = metrics.scrape(&[], &[("tiny".into(), figures)]);
         for line in [
             "scls_router_requests_total{model=\"tiny\",code=\"200\"} 1",
             "scls_router_inflight_requests 0",
@@ -384,6 +419,10 @@ mod tests {
             "scls_router_cuts_total{worker=\"w0\"} 1",
             "scls_router_cut_latency_seconds_count 1",
             "scls_router_slice_length_iterations{model=\"tiny\"} 40",
+            "scls_router_hotspot_alarms_total{model=\"tiny\"} 5",
+            "scls_router_hotspot_filtered_total{model=\"tiny\"} 4",
+            "scls_router_hotspots{model=\"tiny\"} 3",
+            "scls_router_hotspots_filtering{model=\"tiny\"} 2",
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

@@ -16,7 +16,7 @@ _sym_db = _symbol_database.Default()
 from . import common_pb2 as scls_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14scls/v1/router.proto\x12\x07scls.v1\x1a\x14scls/v1/common.proto\"B\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x03ids\x18\x02 \x01(\x0b\x32\x11.scls.v1.TokenIdsH\x00\x42\x06\n\x04kind\"\xc4\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.scls.v1.Prompt\x12#\n\x08sampling\x18\x03 \x01(\x0b\x32\x11.scls.v1.Sampling\x12\x1f\n\x06limits\x18\x04 \x01(\x0b\x32\x0f.scls.v1.Limits\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06urgent\x18\x08 \x01(\x08\"\xf1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12%\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x15.scls.v1.FinishReason\x12\x1d\n\x05usage\x18\x07 \x01(\x0b\x32\x0e.scls.v1.Usage\x12(\n\x08logprobs\x18\x08 \x03(\x0b\x32\x16.scls.v1.TokenLogprobs\x12\x19\n\x03\x65ta\x18\t \x01(\x0b\x32\x0c.scls.v1.Eta\"#\n\x03\x45ta\x12\r\n\x05lo_ms\x18\x01 \x01(\x04\x12\r\n\x05hi_ms\x18\x02 \x01(\x04\"s\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0e\n\x06slices\x18\x04 \x01(\r\x12\x11\n\tworker_id\x18\x05 \x01(\t\">\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.scls.v1.Prompt\"%\n\x0e\x45xplainRequest\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\x04\"\xc3\x01\n\x08\x44\x65\x63ision\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\x04\x12\x0f\n\x07request\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x0c\n\x04turn\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12+\n\ncandidates\x18\x08 \x03(\x0b\x32\x17.scls.v1.CandidateScore\x12\x0c\n\x04seed\x18\t \x01(\x04\"\xc2\x01\n\x0e\x43\x61ndidateScore\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnew_tokens\x18\x02 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x12\n\nbatch_size\x18\x04 \x01(\x04\x12\x0f\n\x07work_us\x18\x05 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\x04\x12\x12\n\nscore_high\x18\x07 \x01(\x04\x12\x11\n\tscore_low\x18\x08 \x01(\x04\x12\x11\n\tjoined_us\x18\t \x01(\x04\"\x14\n\x12ListWorkersRequest\"=\n\x13ListWorkersResponse\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.scls.v1.WorkerStatus\"\x92\x03\n\x0cWorkerStatus\x12!\n\x04info\x18\x01 \x01(\x0b\x32\x13.scls.v1.WorkerInfo\x12\x0b\n\x03url\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.scls.v1.WorkerStatus.State\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x12\n\nbatch_size\x18\x06 \x01(\x04\x12\x14\n\x0crunning_rows\x18\x07 \x01(\x04\x12\x11\n\theld_rows\x18\x08 \x01(\x04\x12\x16\n\x0erunning_blocks\x18\t \x01(\x04\x12\x13\n\x0bheld_blocks\x18\n \x01(\x04\x12\x16\n\x0eindexed_blocks\x18\x0b \x01(\x04\x12\x0f\n\x07work_us\x18\x0c \x01(\x04\"l\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_CONNECTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x11\n\rSTATE_REFUSED\x10\x04\"\x1f\n\x10\x41\x64\x64WorkerRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"(\n\x13RemoveWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"2\n\x0fRegisterRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x12\n\njoin_token\x18\x02 \x01(\t\"\x12\n\x10RegisterResponse\"\x17\n\x15WatchDecisionsRequest2\xce\x04\n\x06Router\x12\x41\n\x08Generate\x12\x18.scls.v1.GenerateRequest\x1a\x19.scls.v1.GenerateResponse0\x01\x12\x31\n\x05Route\x12\x15.scls.v1.RouteRequest\x1a\x11.scls.v1.Decision\x12\x35\n\x07\x45xplain\x12\x17.scls.v1.ExplainRequest\x1a\x11.scls.v1.Decision\x12H\n\x0bListWorkers\x12\x1b.scls.v1.ListWorkersRequest\x1a\x1c.scls.v1.ListWorkersResponse\x12=\n\tAddWorker\x12\x19.scls.v1.AddWorkerRequest\x1a\x15.scls.v1.WorkerStatus\x12\x41\n\x0b\x44rainWorker\x12\x1b.scls.v1.DrainWorkerRequest\x1a\x15.scls.v1.WorkerStatus\x12\x43\n\x0cRemoveWorker\x12\x1c.scls.v1.RemoveWorkerRequest\x1a\x15.scls.v1.WorkerStatus\x12?\n\x08Register\x12\x18.scls.v1.RegisterRequest\x1a\x19.scls.v1.RegisterResponse\x12\x45\n\x0eWatchDecisions\x12\x1e.scls.v1.WatchDecisionsRequest\x1a\x11.scls.v1.Decision0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14scls/v1/router.proto\x12\x07scls.v1\x1a\x14scls/v1/common.proto\"B\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x03ids\x18\x02 \x01(\x0b\x32\x11.scls.v1.TokenIdsH\x00\x42\x06\n\x04kind\"\xc4\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.scls.v1.Prompt\x12#\n\x08sampling\x18\x03 \x01(\x0b\x32\x11.scls.v1.Sampling\x12\x1f\n\x06limits\x18\x04 \x01(\x0b\x32\x0f.scls.v1.Limits\x12\t\n\x01n\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x0e\n\x06urgent\x18\x08 \x01(\x08\"\xf1\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x0b\n\x03ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12%\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x15.scls.v1.FinishReason\x12\x1d\n\x05usage\x18\x07 \x01(\x0b\x32\x0e.scls.v1.Usage\x12(\n\x08logprobs\x18\x08 \x03(\x0b\x32\x16.scls.v1.TokenLogprobs\x12\x19\n\x03\x65ta\x18\t \x01(\x0b\x32\x0c.scls.v1.Eta\"#\n\x03\x45ta\x12\r\n\x05lo_ms\x18\x01 \x01(\x04\x12\r\n\x05hi_ms\x18\x02 \x01(\x04\"s\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0e\n\x06slices\x18\x04 \x01(\r\x12\x11\n\tworker_id\x18\x05 \x01(\t\">\n\x0cRouteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1f\n\x06prompt\x18\x02 \x01(\x0b\x32\x0f.scls.v1.Prompt\"%\n\x0e\x45xplainRequest\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\x04\"\x8e\x02\n\x08\x44\x65\x63ision\x12\x13\n\x0b\x64\x65\x63ision_id\x18\x01 \x01(\x04\x12\x0f\n\x07request\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x11\n\tworker_id\x18\x04 \x01(\t\x12\x0e\n\x06policy\x18\x05 \x01(\t\x12\x0c\n\x04turn\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12+\n\ncandidates\x18\x08 \x03(\x0b\x32\x17.scls.v1.CandidateScore\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x10\n\x08\x61rrivals\x18\n \x01(\x04\x12\x14\n\x0cprefill_time\x18\x0b \x01(\x04\x12!\n\x07hotspot\x18\x0c \x01(\x0b\x32\x10.scls.v1.Hotspot\"\xa5\x01\n\x07Hotspot\x12\x12\n\nblock_hash\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\x04\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x0e\n\x06window\x18\x04 \x01(\r\x12\x0f\n\x07workers\x18\x05 \x01(\r\x12\x0f\n\x07holders\x18\x06 \x01(\r\x12\r\n\x05\x61larm\x18\x07 \x01(\x08\x12\x11\n\tpreferred\x18\x08 \x01(\x08\x12\x10\n\x08\x66iltered\x18\t \x01(\x08\"\xd4\x01\n\x0e\x43\x61ndidateScore\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnew_tokens\x18\x02 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x12\n\nbatch_size\x18\x04 \x01(\x04\x12\x0f\n\x07work_us\x18\x05 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\x04\x12\x12\n\nscore_high\x18\x07 \x01(\x04\x12\x11\n\tscore_low\x18\x08 \x01(\x04\x12\x11\n\tjoined_us\x18\t \x01(\x04\x12\x10\n\x08\x66iltered\x18\n \x01(\x08\"\x14\n\x12ListWorkersRequest\"=\n\x13ListWorkersResponse\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.scls.v1.WorkerStatus\"\x92\x03\n\x0cWorkerStatus\x12!\n\x04info\x18\x01 \x01(\x0b\x32\x13.scls.v1.WorkerInfo\x12\x0b\n\x03url\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.scls.v1.WorkerStatus.State\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x15\n\rqueued_tokens\x18\x05 \x01(\x04\x12\x12\n\nbatch_size\x18\x06 \x01(\x04\x12\x14\n\x0crunning_rows\x18\x07 \x01(\x04\x12\x11\n\theld_rows\x18\x08 \x01(\x04\x12\x16\n\x0erunning_blocks\x18\t \x01(\x04\x12\x13\n\x0bheld_blocks\x18\n \x01(\x04\x12\x16\n\x0eindexed_blocks\x18\x0b \x01(\x04\x12\x0f\n\x07work_us\x18\x0c \x01(\x04\"l\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10STATE_CONNECTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x11\n\rSTATE_REFUSED\x10\x04\"\x1f\n\x10\x41\x64\x64WorkerRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"(\n\x13RemoveWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"2\n\x0fRegisterRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x12\n\njoin_token\x18\x02 \x01(\t\"\x12\n\x10RegisterResponse\"\x17\n\x15WatchDecisionsRequest2\xce\x04\n\x06Router\x12\x41\n\x08Generate\x12\x18.scls.v1.GenerateRequest\x1a\x19.scls.v1.GenerateResponse0\x01\x12\x31\n\x05Route\x12\x15.scls.v1.RouteRequest\x1a\x11.scls.v1.Decision\x12\x35\n\x07\x45xplain\x12\x17.scls.v1.ExplainRequest\x1a\x11.scls.v1.Decision\x12H\n\x0bListWorkers\x12\x1b.scls.v1.ListWorkersRequest\x1a\x1c.scls.v1.ListWorkersResponse\x12=\n\tAddWorker\x12\x19.scls.v1.AddWorkerRequest\x1a\x15.scls.v1.WorkerStatus\x12\x41\n\x0b\x44rainWorker\x12\x1b.scls.v1.DrainWorkerRequest\x1a\x15.scls.v1.WorkerStatus\x12\x43\n\x0cRemoveWorker\x12\x1c.scls.v1.RemoveWorkerRequest\x1a\x15.scls.v1.WorkerStatus\x12?\n\x08Register\x12\x18.scls.v1.RegisterRequest\x1a\x19.scls.v1.RegisterResponse\x12\x45\n\x0eWatchDecisions\x12\x1e.scls.v1.WatchDecisionsRequest\x1a\x11.scls.v1.Decision0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,29 +38,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPLAINREQUEST']._serialized_start=784
   _globals['_EXPLAINREQUEST']._serialized_end=821
   _globals['_DECISION']._serialized_start=824
-  _globals['_DECISION']._serialized_end=1019
-  _globals['_CANDIDATESCORE']._serialized_start=1022
-  _globals['_CANDIDATESCORE']._serialized_end=1216
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1218
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1238
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1240
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1301
-  _globals['_WORKERSTATUS']._serialized_start=1304
-  _globals['_WORKERSTATUS']._serialized_end=1706
-  _globals['_WORKERSTATUS_STATE']._serialized_start=1598
-  _globals['_WORKERSTATUS_STATE']._serialized_end=1706
-  _globals['_ADDWORKERREQUEST']._serialized_start=1708
-  _globals['_ADDWORKERREQUEST']._serialized_end=1739
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1741
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1780
-  _globals['_REMOVEWORKERREQUEST']._serialized_start=1782
-  _globals['_REMOVEWORKERREQUEST']._serialized_end=1822
-  _globals['_REGISTERREQUEST']._serialized_start=1824
-  _globals['_REGISTERREQUEST']._serialized_end=1874
-  _globals['_REGISTERRESPONSE']._serialized_start=1876
-  _globals['_REGISTERRESPONSE']._serialized_end=1894
-  _globals['_WATCHDECISIONSREQUEST']._serialized_start=1896
-  _globals['_WATCHDECISIONSREQUEST']._serialized_end=1919
-  _globals['_ROUTER']._serialized_start=1922
-  _globals['_ROUTER']._serialized_end=2512
+  _globals['_DECISION']._serialized_end=1094
+  _globals['_HOTSPOT']._serialized_start=1097
+  _globals['_HOTSPOT']._serialized_end=1262
+  _globals['_CANDIDATESCORE']._serialized_start=1265
+  _globals['_CANDIDATESCORE']._serialized_end=1477
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1479
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1499
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1501
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1562
+  _globals['_WORKERSTATUS']._serialized_start=1565
+  _globals['_WORKERSTATUS']._serialized_end=1967
+  _globals['_WORKERSTATUS_STATE']._serialized_start=1859
+  _globals['_WORKERSTATUS_STATE']._serialized_end=1967
+  _globals['_ADDWORKERREQUEST']._serialized_start=1969
+  _globals['_ADDWORKERREQUEST']._serialized_end=2000
+  _globals['_DRAINWORKERREQUEST']._serialized_start=2002
+  _globals['_DRAINWORKERREQUEST']._serialized_end=2041
+  _globals['_REMOVEWORKERREQUEST']._serialized_start=2043
+  _globals['_REMOVEWORKERREQUEST']._serialized_end=2083
+  _globals['_REGISTERREQUEST']._serialized_start=2085
+  _globals['_REGISTERREQUEST']._serialized_end=2135
+  _globals['_REGISTERRESPONSE']._serialized_start=2137
+  _globals['_REGISTERRESPONSE']._serialized_end=2155
+  _globals['_WATCHDECISIONSREQUEST']._serialized_start=2157
+  _globals['_WATCHDECISIONSREQUEST']._serialized_end=2180
+  _globals['_ROUTER']._serialized_start=2183
+  _globals['_ROUTER']._serialized_end=2773
 # @@protoc_insertion_point(module_scope)

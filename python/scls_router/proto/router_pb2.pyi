@@ -96,7 +96,7 @@ class ExplainRequest(_message.Message):
     def __init__(self, decision_id: _Optional[int] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("decision_id", "request", "choice", "worker_id", "policy", "turn", "prompt_tokens", "candidates", "seed")
+    __slots__ = ("decision_id", "request", "choice", "worker_id", "policy", "turn", "prompt_tokens", "candidates", "seed", "arrivals", "prefill_time", "hotspot")
     DECISION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,9 @@ class Decision(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    ARRIVALS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TIME_FIELD_NUMBER: _ClassVar[int]
+    HOTSPOT_FIELD_NUMBER: _ClassVar[int]
     decision_id: int
     request: int
     choice: int
@@ -115,10 +118,35 @@ class Decision(_message.Message):
     prompt_tokens: int
     candidates: _containers.RepeatedCompositeFieldContainer[CandidateScore]
     seed: int
-    def __init__(self, decision_id: _Optional[int] = ..., request: _Optional[int] = ..., choice: _Optional[int] = ..., worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., turn: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., seed: _Optional[int] = ...) -> None: ...
+    arrivals: int
+    prefill_time: int
+    hotspot: Hotspot
+    def __init__(self, decision_id: _Optional[int] = ..., request: _Optional[int] = ..., choice: _Optional[int] = ..., worker_id: _Optional[str] = ..., policy: _Optional[str] = ..., turn: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[CandidateScore, _Mapping]]] = ..., seed: _Optional[int] = ..., arrivals: _Optional[int] = ..., prefill_time: _Optional[int] = ..., hotspot: _Optional[_Union[Hotspot, _Mapping]] = ...) -> None: ...
+
+class Hotspot(_message.Message):
+    __slots__ = ("block_hash", "blocks", "requests", "window", "workers", "holders", "alarm", "preferred", "filtered")
+    BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    ALARM_FIELD_NUMBER: _ClassVar[int]
+    PREFERRED_FIELD_NUMBER: _ClassVar[int]
+    FILTERED_FIELD_NUMBER: _ClassVar[int]
+    block_hash: int
+    blocks: int
+    requests: int
+    window: int
+    workers: int
+    holders: int
+    alarm: bool
+    preferred: bool
+    filtered: bool
+    def __init__(self, block_hash: _Optional[int] = ..., blocks: _Optional[int] = ..., requests: _Optional[int] = ..., window: _Optional[int] = ..., workers: _Optional[int] = ..., holders: _Optional[int] = ..., alarm: _Optional[bool] = ..., preferred: _Optional[bool] = ..., filtered: _Optional[bool] = ...) -> None: ...
 
 class CandidateScore(_message.Message):
-    __slots__ = ("worker_id", "new_tokens", "queued_tokens", "batch_size", "work_us", "free_blocks", "score_high", "score_low", "joined_us")
+    __slots__ = ("worker_id", "new_tokens", "queued_tokens", "batch_size", "work_us", "free_blocks", "score_high", "score_low", "joined_us", "filtered")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -128,6 +156,7 @@ class CandidateScore(_message.Message):
     SCORE_HIGH_FIELD_NUMBER: _ClassVar[int]
     SCORE_LOW_FIELD_NUMBER: _ClassVar[int]
     JOINED_US_FIELD_NUMBER: _ClassVar[int]
+    FILTERED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     new_tokens: int
     queued_tokens: int
@@ -137,7 +166,8 @@ class CandidateScore(_message.Message):
     score_high: int
     score_low: int
     joined_us: int
-    def __init__(self, worker_id: _Optional[str] = ..., new_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., batch_size: _Optional[int] = ..., work_us: _Optional[int] = ..., free_blocks: _Optional[int] = ..., score_high: _Optional[int] = ..., score_low: _Optional[int] = ..., joined_us: _Optional[int] = ...) -> None: ...
+    filtered: bool
+    def __init__(self, worker_id: _Optional[str] = ..., new_tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., batch_size: _Optional[int] = ..., work_us: _Optional[int] = ..., free_blocks: _Optional[int] = ..., score_high: _Optional[int] = ..., score_low: _Optional[int] = ..., joined_us: _Optional[int] = ..., filtered: _Optional[bool] = ...) -> None: ...
 
 class ListWorkersRequest(_message.Message):
     __slots__ = ()

@@ -107,7 +107,11 @@ fn an_error_says_where_the_value_came_from() {
         ("b.toml", "port = -1", "port: invalid value '-1': -1 is not in 0..=65535"),
         ("c.toml", "port = [1]", "port: it is one value, not a list or a section"),
         ("d.yaml", "port:", "port: it has no value"),
-        ("e.toml", "policy = 'best'", "policy: invalid value 'best': it is one of product, product_time"),
+        (
+            "e.toml",
+            "policy = 'best'",
+            "policy: invalid value 'best': it is one of product, product_anticipating, product_time",
+        ),
         ("f.toml", "slice_length = 1", "slice_length: unknown key\ndid you mean slice_len?"),
         ("g.toml", "xyz = 1", "xyz: unknown key\n`scls-router config show` lists all"),
         ("h.toml", "config = 'other.toml'", "config: unknown key"),

@@ -17,6 +17,7 @@ mod report;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use router_sim::{RecordedRun, validate};
 use serde_json::{Map, Value};
 
 pub use args::{Asked, DoctorArgs, SimulateArgs};
@@ -31,6 +32,9 @@ use progress::Progress;
 /// Runs what is asked for and returns what is to be printed. `stop` ends it early, with what has run; `command` is told in
 /// the report.
 pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<String, Failure> {
+    if let Some(file) = &args.validate {
+        return replay(file);
+    }
     let plan = Plan::new(&args.asked).map_err(Failure::Usage)?;
     if let Some(out) = &args.out {
         writable(out).map_err(Failure::Usage)?;
@@ -52,6 +56,19 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
         return Err(Failure::Early(said, format!("ended by a signal: {done} of {all} runs are done")));
     }
     Ok(said)
+}
+
+/// How far the model is off a recorded run.
+fn replay(file: &Path) -> Result<String, Failure> {
+    let usage = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
+    let bytes = std::fs::read(file).map_err(|error| usage(format!("cannot be read: {error}")))?;
+    let recorded = RecordedRun::parse(&bytes).map_err(|error| usage(inputs::line(error)))?;
+    let fidelity = validate(&recorded).map_err(|error| usage(inputs::line(error)))?;
+    let said = format!("{fidelity}\n");
+    if fidelity.holds() {
+        return Ok(said);
+    }
+    Err(Failure::Early(said, "the model is further off than its bounds".into()))
 }
 
 /// One page, and a file for each picture.

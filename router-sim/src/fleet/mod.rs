@@ -22,7 +22,7 @@ use crate::continuous::{Arrival, Chains, Ended, Engine, Report, Said};
 use crate::random::mix;
 use crate::rival::{self, Rival, RivalError, Sight};
 use crate::run::{Run, RunError, System};
-use crate::served::{Lane, Record, Sample, Served};
+use crate::served::{GuardCounts, Lane, Record, Sample, Served};
 use crate::timing::Noise;
 use crate::trace::TraceRequest;
 
@@ -30,7 +30,7 @@ use crate::trace::TraceRequest;
 const LANES: u32 = 16;
 
 /// Events between two words about progress.
-const STRIDE: u64 = 4096;
+const STRIDE: u64 = 1024;
 
 pub(crate) fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Result<Record, RunError> {
     follow(run, progress, &mut |_, _, _| {})
@@ -109,9 +109,9 @@ impl<'a, 'b> Drive<'a, 'b> {
             return Err(RunError::NoWorkers);
         }
         let size = run.block_size();
-        let (policy, commit, blind) = match &run.system {
-            System::Continuous { policy, commit, guard: _ } => (policy, *commit, false),
-            System::Uncommitted { policy } => (policy, Commit::Load, true),
+        let (policy, commit, guard, blind) = match &run.system {
+            System::Continuous { policy, commit, guard } => (policy, *commit, *guard, false),
+            System::Uncommitted { policy } => (policy, Commit::Load, false, true),
             System::Scheduled { .. } => return Err(RunError::NotRouted),
         };
         let policy = rival::make(policy, &run.fleet.device, run.fleet.workers, run.seed)?;
@@ -121,7 +121,7 @@ impl<'a, 'b> Drive<'a, 'b> {
             size,
             chains: Chains::new(run.trace),
             turns: Turns::new(run.trace, run.sessions),
-            router: Router::new(size).with_commit(commit),
+            router: Router::new(size).with_commit(commit).with_guard(guard),
             policy,
             blind,
             workers: Vec::new(),
@@ -151,35 +151,46 @@ impl<'a, 'b> Drive<'a, 'b> {
     }
 
     fn run(mut self, progress: &mut dyn FnMut(f64) -> bool) -> Result<Record, RunError> {
-        let total = self.flights.len() as u64;
+        let total = self.flights.len() as f64;
         let mut events = 0u64;
-        while self.done < total {
-            // of what is due at the same time, requests come first
-            let arrival = self.turns.due().filter(|at| *at <= self.run.until);
-            let limit = arrival.map_or(self.run.until, |at| Micros(at.0.saturating_sub(1)));
-            let due = if arrival == Some(Micros::ZERO) { None } else { self.calendar.pop(limit) };
-            match (due, arrival) {
-                (Some((at, due)), _) => {
-                    self.now = at;
-                    self.happen(due)?;
-                }
-                (None, Some(at)) => {
-                    self.now = at;
-                    if let Some(request) = self.turns.take() {
-                        self.arrive(request)?;
-                    }
-                }
-                (None, None) => {
-                    self.now = self.run.until;
-                    break;
-                }
-            }
+        while self.step()? {
             events += 1;
-            if events.is_multiple_of(STRIDE) && !progress(self.done as f64 / total.max(1) as f64) {
+            if events.is_multiple_of(STRIDE) && !progress(self.done as f64 / total) {
                 break;
             }
         }
         Ok(self.finish())
+    }
+
+    /// The next thing happens. Whether there was one.
+    fn step(&mut self) -> Result<bool, RunError> {
+        if self.done == self.flights.len() as u64 {
+            return Ok(false);
+        }
+        // of what is due at the same time, requests come first
+        let arrival = self.turns.due().filter(|at| *at <= self.run.until);
+        let due = match arrival {
+            Some(Micros::ZERO) => None,
+            Some(at) => self.calendar.pop(Micros(at.0 - 1)),
+            None => self.calendar.pop(self.run.until),
+        };
+        match (due, arrival) {
+            (Some((at, due)), _) => {
+                self.now = at;
+                self.happen(due)?;
+            }
+            (None, Some(at)) => {
+                self.now = at;
+                if let Some(request) = self.turns.take() {
+                    self.arrive(request)?;
+                }
+            }
+            (None, None) => {
+                self.now = self.run.until;
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn happen(&mut self, due: Due) -> Result<(), RunError> {
@@ -418,6 +429,9 @@ impl<'a, 'b> Drive<'a, 'b> {
             }
         }
         self.record.served.sort_by_key(|served| (served.arrived, served.request));
+        if let Some(hotspots) = self.router.hotspots() {
+            self.record.guard = GuardCounts { alarms: hotspots.alarms, filtered: hotspots.filtered };
+        }
         self.record.end = self.now;
         self.record
     }

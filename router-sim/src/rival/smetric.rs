@@ -10,8 +10,8 @@ const SLACK: f64 = 2.0;
 /// A first turn goes by `(Q + u) * (b + 1)`. A later one goes to the longest hit, unless its time to first token there passes the slack
 /// times the objective; then to the least loaded.
 ///
-/// Simplified: a trace has no objectives, so a turn's is what its whole prompt takes on an idle worker. Without sessions every request is
-/// a first turn.
+/// Simplified: a trace has no objectives, so a turn's is what its whole prompt takes on an idle worker. Where a trace has no sessions, a
+/// request of which some worker holds more than half is a later turn.
 pub struct Smetric(Forecast);
 
 impl Smetric {
@@ -26,7 +26,11 @@ impl Rival for Smetric {
     }
 
     fn scores(&mut self, sight: &Sight<'_>, scores: &mut Vec<u128>) {
-        if sight.session.is_none() || sight.turn == 0 {
+        let later = match sight.session {
+            Some(_) => sight.turn > 0,
+            None => (0..sight.count()).any(|at| sight.hit(at) > sight.fresh(at)),
+        };
+        if !later {
             let prefill = |at: usize| u128::from(sight.queued(at)) + u128::from(sight.fresh(at));
             return sight.each(scores, |at| prefill(at) * (u128::from(sight.batch(at)) + 1));
         }
