@@ -30,7 +30,7 @@ pub enum Failure {
     Usage(String),
     /// It went wrong at some time.
     Run(String),
-    /// It was ended before it was done: what is to be printed of it, and why.
+    /// It was ended before it was done, or is not as it should be: what is to be printed of it, and why.
     Early(String, String),
 }
 
@@ -73,6 +73,9 @@ pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
         }
         Command::Simulate(args) => {
             on_runtime(async { print(&until_signal(|stop| simulate::run(&args, &typed, stop))?) })
+        }
+        Command::Doctor(args) => {
+            on_runtime(async { print(&until_signal(|stop| simulate::doctor(&args, &typed, stop))?) })
         }
         Command::MockWorker { mock, log_level } => {
             mock::check(&mock).map_err(Failure::Usage)?;

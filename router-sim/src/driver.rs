@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 use router_core::{
-    Action, BatchRecord, Config, Decision, Event, Micros, ModelSpec, NewRequest, PlanNo, RequestId, RowId, Scheduler,
-    Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BatchRecord, Config, Decision, Event, Micros, ModelSpec, Moves, NewRequest, PlanNo, RequestId, RowId,
+    Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 
 use crate::calendar::Calendar;
@@ -266,6 +266,11 @@ impl Simulation {
     /// Rows that have not ended.
     pub fn unfinished(&self) -> usize {
         self.scheduler.rows()
+    }
+
+    /// Rows that moved for another reason than a lost worker.
+    pub fn moves(&self) -> Moves {
+        self.scheduler.moves()
     }
 
     /// S as it is now.

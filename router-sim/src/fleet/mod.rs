@@ -186,7 +186,10 @@ impl<'a, 'b> Drive<'a, 'b> {
                 }
             }
             (None, None) => {
-                self.now = self.run.until;
+                // what is left comes after the run's end, if it has one
+                if self.run.until < Micros(u64::MAX) {
+                    self.now = self.run.until;
+                }
                 return Ok(false);
             }
         }
