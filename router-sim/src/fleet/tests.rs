@@ -59,7 +59,8 @@ fn log(run: &Run<'_>) -> (Record, Vec<(Micros, u32, Choice)>) {
 }
 
 fn steady(count: u64) -> Trace {
-    let of = |i: u64| (i * 40, (!i.is_multiple_of(3)).then_some((i % 7) as u32), (i % 5) as u32, 3 + (i % 90) as u32, 30);
+    let of =
+        |i: u64| (i * 40, (!i.is_multiple_of(3)).then_some((i % 7) as u32), (i % 5) as u32, 3 + (i % 90) as u32, 30);
     trace(&(0..count).map(of).collect::<Vec<_>>())
 }
 
