@@ -282,8 +282,8 @@ def main() -> None:
     points: Points = {}
     most: dict[str, float] = {}
     if args.smoke:
-        traffic = TRAFFIC["tau"]
-        points["tau", 0.5] = point(traffic, 40.0, 1, args.device, "0:40")
+        traffic = TRAFFIC["mixed"]
+        points["mixed", 0.5] = point(traffic, 1.7, 1, args.device, "0:60")
     else:
         for name in args.traces.split(","):
             traffic = TRAFFIC[name]

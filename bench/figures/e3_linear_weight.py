@@ -99,7 +99,7 @@ def main() -> None:
     began = time.monotonic()
     points: dict[tuple[str, float], list[Cell]] = {}
     if args.smoke:
-        points["tau", 0.5] = point(TRAFFIC["tau"], 40.0, 1, args.device, "0:40")
+        points["mixed", 0.5] = point(TRAFFIC["mixed"], 1.7, 1, args.device, "0:60")
     else:
         most = json.loads((RESULTS / "e2.json").read_text())["max_rate"]
         for name in args.traces.split(","):

@@ -50,7 +50,7 @@ TRAFFIC = {
         Traffic("conversation", "mooncake_conversation.jsonl.gz", None, 0.25, 5.0),
         Traffic("mixed", "mooncake_mixed.jsonl.gz", None, 0.25, 8.0),
         Traffic("coder", "coder_sessions.jsonl.gz", None, 0.25, 6.0),
-        Traffic("tau", "tau_airline.jsonl.gz", None, 8.0, 200.0),
+        Traffic("tau", "tau_airline.jsonl.gz", "0:216", 8.0, 300.0),
     )
 }
 

@@ -349,7 +349,7 @@ class Decision:
         worker: str,
         candidates: Sequence[tuple[str, int, int, int]],
         scores: Sequence[int],
-        anticipation: tuple[float, float] = (0.0, 0.0),
+        anticipation: tuple[float, float] = ...,
     ) -> Decision:
         """A record put together again, as a pickle does.
 

@@ -316,6 +316,24 @@ def test_what_makes_no_sense_is_an_error() -> None:
         Router(block_size=0)
 
 
+def test_what_is_expected_is_in_the_record() -> None:
+    router = Router("product_anticipating", block_size=4)
+    for name in "ab":
+        router.add_worker(name, blocks=100)
+    decisions = [router.route([n] * 40) for n in range(30)]
+    assert all(router.finished(decision) for decision in decisions)
+    last = router.route(range(40))
+    arrivals, seconds = last.anticipation
+    # 29 after the first, in a second or more, at two workers; nothing was prefilled yet
+    assert 0 < arrivals < 14.6 and seconds == pytest.approx(1e-4)
+    assert last.score > 40 << 32 and last.recompute() == last.worker
+    assert pickle.loads(pickle.dumps(last)) == last
+    router.prefilled(last)
+    assert router.route([1], commit=False).anticipation[1] != seconds
+    with pytest.raises(UnknownPolicy, match="did you mean product_anticipating"):
+        Router("product_anticipatin")
+
+
 def test_errors_pickle_and_are_what_their_bases_say() -> None:
     for error, base in (
         (UnknownPolicy, ValueError),

@@ -259,7 +259,7 @@ fn draws(pool: &mut Pool, batch: u64, row: u64, first_index: u32, ids: usize, fi
 }
 
 #[test]
-fn a_continuation_stays_unless_request_seconds_at_both_ends_say_otherwise() {
+fn property_13_a_continuation_stays_unless_request_seconds_at_both_ends_say_otherwise() {
     // steps cost by the row
     let spec = WorkerSpec { cost: Some(cost()), blocks: Blocks(1000), ..spec() };
     let mut pool = pool_of(Some(8), spec.clone());
@@ -283,6 +283,37 @@ fn a_continuation_stays_unless_request_seconds_at_both_ends_say_otherwise() {
     draws(&mut pool, 11, 8, 16, 4, None);
     ends(&mut pool, 11, Some(12), 4, 0, &all[1..]);
     assert_eq!(pool.scheduler.moves().weighed, moved, "asked once in S tokens");
+}
+
+/// Seven rows of 36 tokens that are expected to draw 308 more run beside an idle worker: one moves if, and only if, its
+/// prefill there costs less than the request-seconds that the move saves at both ends.
+#[test]
+fn property_13_no_row_moves_whose_prefill_costs_more_than_it_saves() {
+    let mut seen = [0; 2];
+    for per_token in [1e-4, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.2, 1.0] {
+        let prefill = PagedPrefill { constant: 0.0, per_token, per_pair: 0.0 };
+        let step = PagedStep { constant: 4e-3, per_row: 1e-3, per_context: 0.0 };
+        let cost = Some(CostModel::Paged { prefill, step });
+        let spec = WorkerSpec { cost, blocks: Blocks(1000), ..spec() };
+        let mut pool = pool_of(Some(8), spec.clone());
+        (1..=8).for_each(|id| drop(asks(&mut pool, arrival(id, 20, 400))));
+        ends(&mut pool, 1, Some(9), 8, 0, &[1]);
+        second(&mut pool, spec);
+        (1..=8).for_each(|row| draws(&mut pool, 9, row, 0, 8, None));
+        ends(&mut pool, 9, Some(10), 8, 0, &(1..=8).collect::<Vec<_>>());
+        draws(&mut pool, 10, 1, 8, 300, Some(FinishReason::Stop));
+        (2..=8).for_each(|row| draws(&mut pool, 10, row, 8, 8, None));
+        ends(&mut pool, 10, Some(11), 8, 0, &(2..=8).collect::<Vec<_>>());
+        let correction = |worker| pool.scheduler.estimator(worker).expect("there").correction();
+        let (here, there) = (correction(W), correction(WorkerId(1)));
+        // rows times the seconds of a step, at both ends
+        let stay = 7.0 * 11e-3 * here;
+        let moved = 6.0 * 10e-3 * here + 5e-3 * there;
+        let pays = 36.0 * per_token * there < 308.0 * (stay - moved);
+        assert_eq!(pool.scheduler.moves().weighed > 0, pays, "{per_token} s a token");
+        seen[usize::from(pays)] += 1;
+    }
+    assert!(seen.iter().all(|count| *count >= 2), "both sides: {seen:?}");
 }
 
 #[test]

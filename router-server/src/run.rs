@@ -30,7 +30,7 @@ pub enum Failure {
     Usage(String),
     /// It went wrong at some time.
     Run(String),
-    /// It was ended before it was done: what is to be printed of it, and why.
+    /// It was ended before it was done, or is not as it should be: what is to be printed of it, and why.
     Early(String, String),
 }
 

@@ -7,7 +7,7 @@ use router_sim::ablation::{Setup, at_saturation, spread};
 const SMALL: Setup = Setup { workers: 2, seconds: 300.0, seed: 1, lengths: Lengths::sharegpt_like() };
 
 #[test]
-fn each_step_of_the_paper_serves_more_and_slices_serve_most() {
+fn property_15_each_step_of_the_paper_serves_more_and_slices_serve_most() {
     let steps = [Pooled::sls(), Pooled::so(), Pooled::pm(), Pooled::ab(), Pooled::lb(), Pooled::scls()];
     let [sls, so, pm, ab, lb, last] = steps.map(|step| at_saturation(Mode::Pooled(step), &SMALL));
     let slice = at_saturation(Mode::Slice, &SMALL);

@@ -88,17 +88,17 @@ fn covers(sigma: f64) {
 }
 
 #[test]
-fn bands_cover_what_happens_without_noise() {
+fn property_9_bands_cover_what_happens_without_noise() {
     covers(0.0);
 }
 
 #[test]
-fn bands_cover_what_happens_with_three_percent_of_noise() {
+fn property_9_bands_cover_what_happens_with_three_percent_of_noise() {
     covers(0.03);
 }
 
 #[test]
-fn bands_cover_what_happens_with_six_percent_of_noise() {
+fn property_9_bands_cover_what_happens_with_six_percent_of_noise() {
     covers(0.06);
 }
 

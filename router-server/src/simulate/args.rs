@@ -82,11 +82,12 @@ pub struct Asked {
     /// How a worker is chosen: ours or a rival's name, its weight after @.
     #[arg(long, help_heading = "Scheduling", value_name = "P[,..]", value_delimiter = ',', default_value = "product")]
     pub policy: Vec<String>,
-    /// What a decision moves in the router: prefixes and load, or load alone as in the paper's form.
+    /// What a decision moves in the router: prefixes and load; load alone as in the paper's form; or none, to show what
+    /// that is for.
     #[arg(
         long,
         help_heading = "Scheduling",
-        value_name = "prefixes|load[,..]",
+        value_name = "prefixes|load|none[,..]",
         value_delimiter = ',',
         default_value = "prefixes"
     )]

@@ -9,7 +9,8 @@ use router_core::Micros;
 use router_sim::{Fleet, Noise, Record, Run, Summary, Trace, run};
 use serde_json::{Map, Value, json};
 
-use super::plan::{Case, Plan, told};
+use super::inputs::line;
+use super::plan::{Case, Plan};
 
 /// First part of a run that is not measured.
 pub const WARM: f64 = 0.2;
@@ -119,7 +120,7 @@ fn one<T>(
         }
         go_on
     };
-    let record = run(&whole, &mut go_on).map_err(|error| told(&error))?;
+    let record = run(&whole, &mut go_on).map_err(line)?;
     shared.done(case);
     if !go_on(1.0) {
         return Ok(None);

@@ -1,71 +1,140 @@
-//! Files and built-in names: traces and devices.
+//! Files and built-in names: traces and devices. All that is read of a disk is read here.
 
-use router_core::{Micros, Tokens};
-use router_sim::{Device, Lengths, Norm, Trace, TraceRequest, synthetic};
+use std::path::Path;
+
+use router_sim::{Device, Trace, rival};
 
 use super::args::Asked;
-use super::names::{Scheduler, nearest};
-use super::plan::above_zero;
+use super::names::Scheduler;
+use super::plan::{above_zero, pair};
 
-/// Requests to be run, as they were recorded.
+/// Built-in names of generated requests.
+const GENERATED: &str = "synthetic-";
+
+/// Requests to be run, as they were recorded or are to be drawn.
 #[derive(Debug)]
 pub struct Source {
     /// As in reports: the file without its folder and endings, or the generator's name.
     pub name: String,
-    trace: Trace,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Read of a file.
+    Recorded(Trace),
+    /// Drawn anew for each seed: so many a second, for so many seconds.
+    Generated(f64, f64),
 }
 
 impl Source {
-    /// At so many times its rate, its arrivals shifted as the seed says.
-    pub fn scaled(&self, _rate_scale: f64, _seed: u64) -> Result<Trace, String> {
-        Ok(self.trace.clone())
+    /// At so many times its rate, as this seed has it: arrivals shifted a little, or all drawn.
+    pub fn scaled(&self, rate_scale: f64, seed: u64) -> Result<Trace, String> {
+        let scaled = match &self.kind {
+            Kind::Recorded(trace) => trace.jittered(seed).at_rate(rate_scale, seed),
+            Kind::Generated(rate, seconds) => Trace::synthetic(&self.name, rate * rate_scale, *seconds, seed),
+        };
+        scaled.map_err(line)
+    }
+
+    /// As it was recorded, where it was.
+    pub fn recorded(&self) -> Option<&Trace> {
+        match &self.kind {
+            Kind::Recorded(trace) => Some(trace),
+            Kind::Generated(..) => None,
+        }
     }
 }
 
 /// What is asked for, read and cut to its window.
 pub fn sources(asked: &Asked) -> Result<Vec<Source>, String> {
-    let Some(name) = &asked.synthetic else {
-        return Err("nothing to run: name a file with --trace, or --synthetic NAME --rate R".into());
+    let window = asked.window.as_deref().map(|text| pair("window", text)).transpose()?;
+    let names = match &asked.synthetic {
+        Some(name) => vec![if name.starts_with(GENERATED) { name.clone() } else { format!("{GENERATED}{name}") }],
+        None => asked.trace.clone(),
     };
-    let rate = above_zero("rate", asked.rate.as_deref().unwrap_or("0"))?;
-    let seconds = above_zero("seconds", &asked.seconds)?;
-    let known = [("sharegpt", Lengths::sharegpt_like()), ("long-prompts", Lengths::long_prompts())];
-    let lengths = known.iter().find(|(one, _)| one == name).map(|(_, lengths)| *lengths);
-    let lengths = lengths
-        .ok_or_else(|| format!("no such lengths: {name}; {}", nearest(name, known.iter().map(|(name, _)| *name))))?;
-    let requests = synthetic(lengths, rate, seconds, 1).into_iter().map(|s| TraceRequest {
-        at: s.at,
-        input: s.prompt as u32,
-        output: s.output as u32,
-        chain: (0, 0),
-        session: None,
-        turn: 0,
-        class: 0,
-    });
-    let trace = Trace { name: lengths.name.into(), requests: requests.collect(), ..Trace::default() };
-    Ok(vec![Source { name: lengths.name.into(), trace }])
+    if names.is_empty() {
+        return Err("nothing to run: name a file with --trace, or --synthetic NAME --rate R".into());
+    }
+    names.iter().map(|name| source(name, asked, window)).collect()
+}
+
+fn source(name: &str, asked: &Asked, window: Option<(f64, f64)>) -> Result<Source, String> {
+    if name.starts_with(GENERATED) && !Path::new(name).exists() {
+        let rate = asked.rate.as_deref().ok_or_else(|| format!("{name} needs --rate, its requests a second"))?;
+        let (rate, seconds) = (above_zero("rate", rate)?, above_zero("seconds", &asked.seconds)?);
+        if window.is_some() {
+            return Err("window is for files: generated requests last as long as --seconds says".into());
+        }
+        // of a wrong name, rate or length it is known before anything runs
+        Trace::synthetic(name, rate, seconds, 1).map_err(line)?;
+        return Ok(Source { name: name.to_owned(), kind: Kind::Generated(rate, seconds) });
+    }
+    let mut trace = read(Path::new(name))?;
+    if let Some((from, to)) = window {
+        trace = trace.window(from, to).map_err(line)?;
+    }
+    Ok(Source { name: trace.name.clone(), kind: Kind::Recorded(trace) })
+}
+
+/// A trace of a file; the size of its blocks may be in `NAME.meta.json` beside it.
+pub fn read(file: &Path) -> Result<Trace, String> {
+    let bytes = bytes(file)?;
+    let name = bare(file);
+    let meta = file.with_file_name(format!("{name}.meta.json"));
+    let block_size = match std::fs::read(&meta) {
+        Ok(json) => router_sim::trace::block_size_in_meta(&meta.display().to_string(), &json).map_err(line)?,
+        Err(_) => None,
+    };
+    let reading = Trace::read(&file.display().to_string(), &bytes, block_size).map_err(line)?;
+    Ok(Trace { name, ..reading.trace })
+}
+
+/// A file's name without its folder and endings.
+fn bare(file: &Path) -> String {
+    let name = file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let ends = [".gz", ".jsonl", ".json", ".csv"];
+    ends.iter().fold(name.as_str(), |name, end| name.strip_suffix(end).unwrap_or(name)).to_owned()
 }
 
 /// A built-in device, or one of a file.
 pub fn device(text: &str) -> Result<Device, String> {
-    let known = ["13b-a100", "7b-h20"];
-    if !known.contains(&text) {
-        return Err(format!("no such cost model: {text}; {}", nearest(text, known)));
+    let file = Path::new(text);
+    if Device::names().any(|known| known == text) || !(file.exists() || text.contains(['/', '.'])) {
+        return Device::named(text).map_err(line);
     }
-    let (host, start) = (Micros(1000), Micros(1000));
-    Ok(Device {
-        name: text.into(),
-        law: router_sim::Law::Norm(Norm::llama_13b_a100()),
-        kv: Tokens(52_000),
-        chunk: 2048,
-        max_rows: 256,
-        host,
-        start,
-    })
+    let bytes = bytes(file)?;
+    let written = String::from_utf8(bytes).map_err(|_| format!("cost model {text}: no text"))?;
+    let name = file.file_stem().map_or_else(|| text.to_owned(), |stem| stem.to_string_lossy().into_owned());
+    Device::parse(&name, &written).map_err(line)
 }
 
-/// Whether there is such a policy.
-pub fn check_policy(text: &str, _schedulers: &[(String, Scheduler)]) -> Result<(), String> {
-    let known = router_core::PolicyName::ALL.map(router_core::PolicyName::as_str);
-    if known.contains(&text) { Ok(()) } else { Err(format!("no such policy: {text}; {}", nearest(text, known))) }
+/// Whether there is such a policy, where one of the schedulers asks the rivals for it.
+pub fn check_policy(text: &str, schedulers: &[(String, Scheduler)]) -> Result<(), String> {
+    if !schedulers.iter().any(|(_, scheduler)| matches!(scheduler, Scheduler::Continuous(_))) {
+        return Ok(());
+    }
+    let device = Device::named("7b-h20").map_err(line)?;
+    rival::make(text, &device, 1, 0).map(drop).map_err(line)
+}
+
+fn bytes(file: &Path) -> Result<Vec<u8>, String> {
+    std::fs::read(file).map_err(|error| format!("cannot read {}: {error}", file.display()))
+}
+
+/// An error in one line.
+pub fn line(error: impl std::fmt::Display) -> String {
+    error.to_string().replace('\n', "; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endings_are_no_part_of_a_name() {
+        for (file, name) in [("a/b.jsonl.gz", "b"), ("c.csv", "c"), ("d", "d"), ("e.v2.jsonl", "e.v2")] {
+            assert_eq!(bare(Path::new(file)), name);
+        }
+    }
 }

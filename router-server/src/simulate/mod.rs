@@ -13,11 +13,11 @@ mod plan;
 mod plot;
 mod progress;
 mod report;
-mod validate;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use router_sim::{RecordedRun, validate};
 use serde_json::{Map, Value};
 
 pub use args::{Asked, DoctorArgs, SimulateArgs};
@@ -33,7 +33,7 @@ use progress::Progress;
 /// the report.
 pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<String, Failure> {
     if let Some(file) = &args.validate {
-        return validate::run(file, args.json);
+        return replay(file, args.json);
     }
     let plan = Plan::new(&args.asked).map_err(Failure::Usage)?;
     if let Some(out) = &args.out {
@@ -56,6 +56,24 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
         return Err(Failure::Early(said, format!("ended by a signal: {done} of {all} runs are done")));
     }
     Ok(said)
+}
+
+/// How far the model is off a recorded run.
+fn replay(file: &Path, json: bool) -> Result<String, Failure> {
+    let usage = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
+    let bytes = std::fs::read(file).map_err(|error| usage(format!("cannot be read: {error}")))?;
+    let recorded = RecordedRun::parse(&bytes).map_err(|error| usage(inputs::line(error)))?;
+    let fidelity = validate(&recorded).map_err(|error| usage(inputs::line(error)))?;
+    let said = if json {
+        serde_json::to_string_pretty(&fidelity).map_err(|error| Failure::Run(error.to_string()))?
+    } else {
+        fidelity.to_string()
+    };
+    let said = format!("{said}\n");
+    if fidelity.holds() {
+        return Ok(said);
+    }
+    Err(Failure::Early(said, "the model is further off than its bounds".into()))
 }
 
 /// One page, and a file for each picture.

@@ -54,9 +54,13 @@ impl Scheduler {
     }
 
     /// What is run, with a policy where this way to schedule has one. `Ok(None)`: it has none, whatever the policy.
-    pub fn system(&self, policy: &str, commit: Commit, guard: bool) -> Result<System, String> {
+    pub fn system(&self, policy: &str, commit: Option<Commit>, guard: bool) -> Result<System, String> {
         match self {
-            Self::Continuous(_) => Ok(System::Continuous { policy: policy.to_owned(), commit, guard }),
+            Self::Continuous(_) => match commit {
+                Some(commit) => Ok(System::Continuous { policy: policy.to_owned(), commit, guard }),
+                None if guard => Err("the guard watches what is committed: commit none goes with guard off".into()),
+                None => Ok(System::Uncommitted { policy: policy.to_owned() }),
+            },
             Self::Scheduled(mode, slice_len) => {
                 let (mode, slice_len) = (*mode, *slice_len);
                 let policy = match mode {
@@ -92,12 +96,13 @@ pub fn sessions(text: &str) -> Result<Sessions, String> {
     }
 }
 
-/// Reads `prefixes` or `load`.
-pub fn commit(text: &str) -> Result<Commit, String> {
+/// Reads `prefixes`, `load` or `none`.
+pub fn commit(text: &str) -> Result<Option<Commit>, String> {
     match text {
-        "prefixes" => Ok(Commit::Prefixes),
-        "load" => Ok(Commit::Load),
-        _ => Err(format!("commit is prefixes or load: {text}")),
+        "prefixes" => Ok(Some(Commit::Prefixes)),
+        "load" => Ok(Some(Commit::Load)),
+        "none" => Ok(None),
+        _ => Err(format!("commit is prefixes, load or none: {text}")),
     }
 }
 
@@ -133,8 +138,8 @@ mod tests {
     #[test]
     fn policies_of_slices_are_the_cores() {
         let slice = Scheduler::parse("slice").expect("right");
-        slice.system("product_time", Commit::Prefixes, false).expect("known");
-        let said = slice.system("prodct", Commit::Prefixes, false).expect_err("a typo");
+        slice.system("product_time", Some(Commit::Prefixes), false).expect("known");
+        let said = slice.system("prodct", Some(Commit::Prefixes), false).expect_err("a typo");
         assert_eq!(said, "scheduler slice has no policy prodct; did you mean product?");
     }
 

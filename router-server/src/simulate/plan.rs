@@ -3,7 +3,7 @@
 use std::num::NonZero;
 
 use router_core::Micros;
-use router_sim::{Device, Noise, RunError, Sessions, Slo, System};
+use router_sim::{Device, Noise, Sessions, Slo, System};
 use serde_json::{Map, Value, json};
 
 use super::args::Asked;
@@ -167,11 +167,6 @@ impl Plan {
     }
 }
 
-/// In one line.
-pub fn told(error: &RunError) -> String {
-    error.to_string().replace('\n', "; ")
-}
-
 fn each<T>(name: &str, texts: &[String], read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
     if texts.is_empty() {
         return Err(format!("{name} is empty"));
@@ -219,7 +214,7 @@ mod tests {
 
     fn asked() -> Asked {
         Asked {
-            synthetic: Some("sharegpt".into()),
+            synthetic: Some("sharegpt-like".into()),
             rate: Some("2".into()),
             cost_model: vec!["13b-a100".into()],
             ..Asked::default()
@@ -264,10 +259,10 @@ mod tests {
             (|a| a.delay_ms = vec!["-1".into()], "delay-ms"),
             (|a| a.scheduler = vec!["slise".into()], "did you mean slice?"),
             (|a| a.policy = vec!["produkt".into()], "did you mean product?"),
-            (|a| a.cost_model = vec!["13b-a10".into()], "did you mean 13b-a100?"),
+            (|a| a.cost_model = vec!["13b-a10".into()], "did you mean"),
             (|a| a.sessions = "half".into(), "sessions"),
             (|a| a.commit = vec!["all".into()], "commit"),
-            (|a| a.synthetic = Some("sharegp".into()), "did you mean sharegpt?"),
+            (|a| a.synthetic = Some("sharegp".into()), "did you mean synthetic-sharegpt-like?"),
             (|a| a.synthetic = None, "--trace"),
             (|a| a.until = Some("0".into()), "until"),
         ];

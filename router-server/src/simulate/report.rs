@@ -57,7 +57,11 @@ impl Group<'_> {
 
 /// Labels in which these runs differ.
 pub fn varying(rows: &[Map<String, Value>]) -> Vec<&'static str> {
-    let distinct = |label: &str| rows.iter().map(|row| text(row.get(label))).collect::<BTreeSet<_>>().len();
+    // one that some runs do not have says nothing: their scheduler does
+    let distinct = |label: &str| {
+        let values = rows.iter().filter_map(|row| row.get(label).filter(|value| !value.is_null()));
+        values.map(told).collect::<BTreeSet<_>>().len()
+    };
     LABELS.into_iter().filter(|label| distinct(label) > 1).collect()
 }
 
@@ -80,23 +84,20 @@ fn labelled(label: &str, row: &Map<String, Value>) -> Option<String> {
     let value = row.get(label)?;
     match label {
         _ if value.is_null() => None,
-        "workers" => Some(format!("{} workers", text(Some(value)))),
-        "rate_scale" => Some(format!("{}x", text(Some(value)))),
+        "workers" => Some(format!("{} workers", told(value))),
+        "rate_scale" => Some(format!("{}x", told(value))),
         "guard" => Some(if value == &Value::Bool(true) { "guard".into() } else { "no guard".into() }),
-        "commit" => Some(format!("commits {}", text(Some(value)))),
-        "delay_ms" | "host_ms" | "start_ms" => {
-            Some(format!("{} {} ms", label.trim_end_matches("_ms"), text(Some(value))))
-        }
-        _ => Some(text(Some(value))),
+        "commit" => Some(format!("commits {}", told(value))),
+        "delay_ms" | "host_ms" | "start_ms" => Some(format!("{} {} ms", label.trim_end_matches("_ms"), told(value))),
+        _ => Some(told(value)),
     }
 }
 
-fn text(value: Option<&Value>) -> String {
+fn told(value: &Value) -> String {
     match value {
-        None | Some(Value::Null) => "-".into(),
-        Some(Value::String(text)) => text.clone(),
+        Value::String(text) => text.clone(),
         // whole numbers without a point
-        Some(value) => value.as_f64().map_or_else(|| value.to_string(), |number| number.to_string()),
+        value => value.as_f64().map_or_else(|| value.to_string(), |number| number.to_string()),
     }
 }
 
@@ -136,9 +137,9 @@ pub fn table(rows: &[Map<String, Value>]) -> String {
 fn shared(rows: &[Map<String, Value>]) -> String {
     let Some(first) = rows.first() else { return String::new() };
     let varying = varying(rows);
-    let told = ["trace", "workers", "cost_model", "scheduler", "policy"];
-    let told = told.iter().filter(|label| !varying.contains(label)).filter_map(|label| labelled(label, first));
-    told.collect::<Vec<_>>().join(", ")
+    let labels = ["trace", "workers", "cost_model", "scheduler", "policy"];
+    let labels = labels.iter().filter(|label| !varying.contains(label)).filter_map(|label| labelled(label, first));
+    labels.collect::<Vec<_>>().join(", ")
 }
 
 /// The first column to the left, the others to the right.

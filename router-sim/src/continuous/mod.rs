@@ -226,7 +226,7 @@ impl Engine {
         }
     }
 
-    /// Whether it could run alone. One block more than it fills: a prompt that is cached as a whole has its last block twice.
+    /// Whether it could run alone. One block more than it fills: a prompt that is cached as a whole computes its last block again.
     pub(crate) fn holds(device: &Device, size: BlockSize, input: u32, output: u32) -> bool {
         let tokens = u64::from(input) + u64::from(output);
         tokens.div_ceil(size.get()) < device.kv.0 / size.get()
@@ -470,7 +470,8 @@ impl Engine {
                 spell.chunks.push((place, chunk as u32));
             }
         }
-        if !preempted {
+        // if all were, those who wait are asked at once
+        if !preempted || self.running.is_empty() {
             let running = self.running.len();
             self.admit(chains, &mut spell.chunks, budget);
             if self.running.len() > running {

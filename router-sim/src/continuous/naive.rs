@@ -111,9 +111,9 @@ impl Naive {
             row.computed += row.now;
             for at in before..row.computed / self.size {
                 let Some(&name) = row.chain.get(at as usize) else { break };
-                if row.blocks[at as usize].is_none() && self.named.insert(name) {
-                    row.blocks[at as usize] = Some(name);
-                    self.private -= 1;
+                row.blocks[at as usize] = Some(name);
+                self.private -= 1;
+                if self.named.insert(name) {
                     self.stored.push(name);
                 }
             }
@@ -214,7 +214,8 @@ impl Naive {
                 work.chunk(Tokens(row.now), Tokens(row.computed));
             }
         }
-        while !preempted && budget > 0 && self.running.len() < self.max_rows && !self.waiting.is_empty() {
+        let admit = !preempted || self.running.is_empty();
+        while admit && budget > 0 && self.running.len() < self.max_rows && !self.waiting.is_empty() {
             let row = &self.waiting[0];
             let present = row.chain.iter().take_while(|name| self.named.contains(*name)).count() as u64;
             let hit = present.min((row.tokens - 1) / self.size);

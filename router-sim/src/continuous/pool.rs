@@ -1,7 +1,7 @@
 //! The KV blocks of a modelled engine: how many rows have to themselves, how many are named, and which go first.
 //!
-//! As vLLM's pool, with one simplification: a block is safe from eviction while any row of the batch has its name in its prompt,
-//! whether or not that row computed a copy of its own (the copy is counted too).
+//! As vLLM's pool, with two simplifications: a block is safe from eviction while any row of the batch has its name in its prompt,
+//! and a row that computed a block which another row named meanwhile gives its copy up.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ struct Held {
 #[derive(Debug)]
 pub(crate) struct Pool {
     total: u64,
-    /// Blocks without a name, and second copies.
+    /// Blocks without a name.
     private: u64,
     /// Named blocks in use.
     shared: u64,
@@ -133,8 +133,8 @@ impl Pool {
         self.private = self.private.saturating_sub(blocks);
     }
 
-    /// The row of this chain computed its blocks from `from` to `to`: those that nobody else has here already get their names.
-    /// How many did.
+    /// The row of this chain computed its blocks from `from` to `to`: they have names now, and are no longer its own. How many
+    /// are in the chain.
     pub(crate) fn name(&mut self, chains: &Chains, chain: &[u32], from: u32, to: u32, stored: &mut Vec<Span>) -> u32 {
         let (mut start, mut named) = (0, 0);
         for &stretch in chain {
@@ -142,10 +142,11 @@ impl Pool {
             if end > from
                 && let Some(held) = self.held.get_mut(&stretch)
             {
-                let present = to.min(end).saturating_sub(start);
+                named += to.min(end) - from.max(start);
+                let present = to.min(end) - start;
                 if present > held.present {
                     stored.push(Span { stretch, from: held.present, to: present });
-                    named += present - held.present;
+                    self.shared += u64::from(present - held.present);
                     held.present = present;
                 }
             }
@@ -155,7 +156,6 @@ impl Pool {
             }
         }
         self.private = self.private.saturating_sub(named.into());
-        self.shared += u64::from(named);
         named
     }
 }

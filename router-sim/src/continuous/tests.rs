@@ -143,7 +143,7 @@ fn both(case: &Case) -> (Log, Log, u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
     #[test]
     fn the_fast_engine_is_the_naive_one(case in case()) {
         let (fast, naive, _) = both(&case);

@@ -115,13 +115,15 @@ impl Rival for StackPrefixaware {
     }
 
     fn scores(&mut self, sight: &Sight<'_>, scores: &mut Vec<u128>) {
-        let depth = |worker: usize| {
-            let held = |block: &&BlockHash| self.sent.get(*block).is_some_and(|workers| workers.contains(&worker));
-            sight.chain.iter().take_while(held).count() as u64
-        };
-        let depths: Vec<u64> = (0..sight.count()).map(|at| depth(sight.worker(at))).collect();
-        let most = depths.iter().copied().max().unwrap_or(0);
-        let best: Vec<usize> = (0..sight.count()).filter(|&at| depths[at] == most).collect();
+        let mut best: Vec<usize> = (0..sight.count()).collect();
+        for block in sight.chain {
+            let Some(workers) = self.sent.get(block) else { break };
+            let goes_on = |at: &usize| workers.contains(&sight.worker(*at));
+            if !best.iter().any(goes_on) {
+                break;
+            }
+            best.retain(goes_on);
+        }
         let drawn = best.get(self.random.below(best.len() as u64) as usize).copied().unwrap_or(0);
         sight.each(scores, |at| u128::from(at != drawn));
     }

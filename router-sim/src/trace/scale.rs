@@ -12,7 +12,7 @@ use super::{Trace, TraceRequest};
 use crate::random::Random;
 
 /// How far arrivals are shifted to either side, in mean times between two of them.
-const JITTER_GAPS: f64 = 5.0;
+const JITTER_GAPS: f64 = 3.0;
 
 impl Trace {
     /// How often it can begin again: the time to the last arrival, and one mean gap.
@@ -99,8 +99,9 @@ impl Trace {
         if times == 1 { self.window(0.0, seconds) } else { self.repeated(times)?.window(0.0, seconds) }
     }
 
-    /// Another draw of the same arrivals: each conversation, or request without one, is shifted by up to 5 mean times between two of
-    /// these, to either side.
+    /// Another draw of the same arrivals: each conversation, or request without one, is shifted by up to 3 mean times between two of
+    /// these, to either side. What that adds to the whole (1 or 2 % with few conversations) is taken back from all times, so that the rate
+    /// stays.
     #[must_use]
     pub fn jittered(&self, seed: u64) -> Self {
         let sessions = self.sessions() as usize;
@@ -114,9 +115,12 @@ impl Trace {
             request.at += request.session.map_or_else(&mut draw, |session| shifts[session as usize]);
         }
         all.requests.sort_by_key(|request| request.at);
-        let first = all.requests.first().map_or(Micros::ZERO, |first| first.at);
-        for request in &mut all.requests {
-            request.at = request.at.saturating_sub(first);
+        let ends = |all: &Self| all.requests.first().zip(all.requests.last()).map(|(first, last)| (first.at, last.at));
+        if let Some(((first, last), (_, wanted))) = ends(&all).zip(ends(self)) {
+            let factor = wanted.0 as f64 / last.saturating_sub(first).0.max(1) as f64;
+            for request in &mut all.requests {
+                request.at = Micros((request.at.saturating_sub(first).0 as f64 * factor).round() as u64);
+            }
         }
         all
     }
@@ -153,8 +157,8 @@ impl Trace {
     }
 }
 
-/// Times of a Poisson process.
-pub(super) fn poisson(name: &str, random: &mut Random, rate: f64, seconds: f64) -> Result<Vec<Micros>, TraceError> {
+/// Whether there can be a Poisson process of that rate and length.
+pub(super) fn check_poisson(name: &str, rate: f64, seconds: f64) -> Result<(), TraceError> {
     let whole = |problem| TraceError::Whole { name: name.to_owned(), problem };
     let number = |what, value, expected| whole(Problem::Number { what, value, expected });
     if !(rate > 0.0 && rate.is_finite()) {
@@ -166,6 +170,12 @@ pub(super) fn poisson(name: &str, random: &mut Random, rate: f64, seconds: f64) 
     if rate * seconds > MOST_REQUESTS as f64 * 0.9 {
         return Err(whole(Problem::Most("134 million requests")));
     }
+    Ok(())
+}
+
+/// Times of a Poisson process.
+pub(super) fn poisson(name: &str, random: &mut Random, rate: f64, seconds: f64) -> Result<Vec<Micros>, TraceError> {
+    check_poisson(name, rate, seconds)?;
     let mut times = Vec::new();
     let mut at = random.exponential(1.0 / rate);
     while at < seconds {

@@ -7,9 +7,9 @@ use router_core::{BlockHash, Micros};
 
 use super::error::{Problem, TraceError};
 use super::names::{ROOT, link};
-use super::scale::{micros, poisson};
+use super::scale::{check_poisson, micros, poisson};
 use super::{Trace, TraceRequest};
-use crate::lengths::Lengths;
+use crate::lengths::{Lengths, synthetic};
 use crate::named::hint;
 use crate::random::Random;
 
@@ -29,23 +29,20 @@ impl Trace {
     ///   popular), every turn sending all before it again and some new tokens, 15 s apart; blocks of 16.
     pub fn synthetic(name: &str, rate: f64, seconds: f64, seed: u64) -> Result<Self, TraceError> {
         let known = [Lengths::sharegpt_like(), Lengths::long_prompts()].into_iter().find(|known| known.name == name);
-        let mut random = Random::new(seed);
         let mut trace = Self { name: name.to_owned(), classes: vec![name.to_owned()], ..Self::default() };
         if let Some(lengths) = known {
-            for at in poisson(name, &mut random, rate, seconds)? {
-                let (input, output) = lengths.draw(&mut random);
-                trace.requests.push(TraceRequest {
-                    at,
-                    input: input as u32,
-                    output: output as u32,
-                    chain: (0, 0),
-                    session: None,
-                    turn: 0,
-                    class: 0,
-                });
-            }
+            check_poisson(name, rate, seconds)?;
+            trace.requests.extend(synthetic(lengths, rate, seconds, seed).into_iter().map(|sample| TraceRequest {
+                at: sample.at,
+                input: sample.prompt as u32,
+                output: sample.output as u32,
+                chain: (0, 0),
+                session: None,
+                turn: 0,
+                class: 0,
+            }));
         } else if name == AGENTS {
-            trace.agents(rate, seconds, &mut random)?;
+            trace.agents(rate, seconds, &mut Random::new(seed))?;
         } else {
             let problem = Problem::Unknown(hint(name, &Self::synthetic_names()));
             return Err(TraceError::Whole { name: name.to_owned(), problem });
