@@ -14,6 +14,7 @@ around the workers takes, and the simulator adds that much and no more.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import http.client
 import json
@@ -23,10 +24,11 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +39,14 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "demo"), str(ROOT / "workers")]
 
 import grpc  # noqa: E402
 from google.protobuf.json_format import MessageToDict  # noqa: E402
-from harness import MODEL, Router, RustMock  # noqa: E402
+from harness import MODEL, ROUTER, Router, RustMock  # noqa: E402
 from run import MOST_ANSWER, dialogues  # noqa: E402
 from scls_router.proto import router_pb2, router_pb2_grpc  # noqa: E402
 from scls_worker.mock import next_token  # noqa: E402
 
 FORMAT = "scls-router run 1"
 FIXTURES = ROOT / "tests/fixtures/runs"
-PROBES = 12
+PROBES = 8
 VOCAB = 2000
 
 
@@ -70,8 +72,8 @@ class Asked:
 class Run:
     """One fleet and all that is asked of it."""
 
-    def __init__(self, router: Router, model: str) -> None:
-        self.router, self.model = router, model
+    def __init__(self, router: Router, model: str, pause: float) -> None:
+        self.router, self.model, self.pause = router, model, pause
         self.asked: list[Asked] = []
         self.batches: dict[tuple[str, int], dict[str, Any]] = {}
         self.probes: list[list[int]] = []
@@ -132,15 +134,24 @@ class Run:
         if not asked.prompt:
             asked.prompt = body["prompt"]
 
+    def play(self, workload: Callable[[Run], None]) -> None:
+        """Plays it, and takes the batches on the way before the router forgets them."""
+        with ThreadPoolExecutor(1) as thread:
+            played = thread.submit(workload, self)
+            while not wait([played], 2).done:
+                self.collect()
+            played.result()
+
     def collect(self) -> None:
         """The batches that ended since the last time: the router keeps only the latest."""
-        for batch in self.router.admin("/batches")["batches"]:
-            if batch["outcome"]:
-                self.batches[batch["worker"], batch["batch"]] = batch
+        ended = (batch for batch in self.router.admin("/batches")["batches"] if batch["outcome"])
+        with self.lock:
+            self.batches.update(((batch["worker"], batch["batch"]), batch) for batch in ended)
 
     def probe(self, path: str, make: Callable[[int], dict[str, Any]]) -> None:
         """Single requests of one token: how much longer each takes than its one iteration."""
         for at in range(PROBES):
+            time.sleep(self.pause)
             before = set(self.batches)
             asked = self.ask(path, -1, at, {**make(at), "max_tokens": 1})
             self.router.wait_drained()
@@ -201,12 +212,18 @@ def described(info: Any) -> dict[str, Any]:
         of = model.paged
         prefill = {"constant": of.prefill_constant_s, "per_token": of.prefill_per_token_s}
         prefill["per_pair"] = of.prefill_per_pair_s
-        step = {"constant": of.step_constant_s, "per_row": of.step_per_row_s, "per_context": of.step_per_context_token_s}
+        step = {
+            "constant": of.step_constant_s,
+            "per_row": of.step_per_row_s,
+            "per_context": of.step_per_context_token_s,
+        }
         cost = {"layout": "paged", "prefill": prefill, "step": step}
     elif form == "padded":
         parts = MessageToDict(model.padded, preserving_proto_field_name=True)
         names = ["constant", "per_row", "per_position", "per_cell"]
-        both = {part: {name: parts.get(part, {}).get(f"{name}_s", 0.0) for name in names} for part in ("prefill", "step")}
+        both = {
+            part: {name: parts.get(part, {}).get(f"{name}_s", 0.0) for name in names} for part in ("prefill", "step")
+        }
         cost = {"layout": "padded", **both}
     return {
         "id": info.worker_id,
@@ -337,12 +354,16 @@ class Workload:
     mocks: int = 0
     layout: str = "paged"
     flags: tuple[str, ...] = ()
-    served: str = "mock"
+    # Between probes: a pool forms no round sooner than this.
+    pause: float = 0.0
 
     def fleet(self, stack: ExitStack) -> Router:
         if not self.mocks:
             up = ["--model", str(MODEL), "--workers", "2", "--python", sys.executable, "--log-level", "warn"]
-            return stack.enter_context(Router([], *up, *self.flags, ready=2, command="up"))
+            up += ["--cost-model", str(calibrated())]
+            router = stack.enter_context(Router([], *up, *self.flags, ready=0, command="up"))
+            router.wait_ready(2, 120)
+            return router
         timing = ["--step-us", "20000", "--row-us", "400", "--prefill-us-per-token", "120", "--vocab", str(VOCAB)]
         made = [RustMock(*timing, "--layout", self.layout, "--worker-id", f"mock-{i}") for i in range(self.mocks)]
         for one in made:
@@ -357,37 +378,73 @@ class Workload:
 WORKLOADS = {
     "demo_cpu_2_workers": Workload(play_demo),
     "burst_cpu_2_workers": Workload(play_burst),
-    "mock_4_workers": Workload(lambda run: play_mock(run, 4.5, 20), mocks=4),
-    "mock_4_workers_ils": Workload(lambda run: play_mock(run, 4.5, 20), mocks=4, flags=("--scheduler", "ils")),
+    "mock_4_workers": Workload(lambda run: play_mock(run, 14, 10), mocks=4),
+    "mock_4_workers_ils": Workload(lambda run: play_mock(run, 14, 10), mocks=4, flags=("--scheduler", "ils")),
     "mock_4_workers_scls": Workload(
-        lambda run: play_mock(run, 2.0, 20), mocks=4, layout="padded", flags=("--scheduler", "scls")
+        lambda run: play_mock(run, 3, 10), mocks=4, layout="padded", flags=("--scheduler", "scls"), pause=1.1
     ),
 }
 
 
+@functools.cache
+def calibrated() -> Path:
+    """What iterations of the CPU worker cost on this machine, measured once for all fleets."""
+    out = Path(tempfile.mkdtemp(prefix="scls-record-")) / "cost-model.json"
+    command = [ROUTER, "calibrate", "--model", str(MODEL), "--python", sys.executable, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
 def once(workload: Workload) -> dict[str, Any]:
-    load = os.getloadavg()[0]
+    load, busy = os.getloadavg()[0], busy_share()
     with ExitStack() as stack:
         router = workload.fleet(stack)
         model = json.loads(router.request("GET", "/v1/models")[2])["data"][0]["id"]
-        run = Run(router, model)
-        workload.play(run)
-        return {"load_before": load, **run.record()}
+        run = Run(router, model, workload.pause)
+        run.play(workload.play)
+        return {"load_before": load, "busy_before": busy, **run.record()}
+
+
+def busy_share(seconds: float = 1.0) -> float:
+    """What others take of this machine's cores now: the load average still has our last run in it."""
+
+    def times() -> tuple[int, int]:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0, 1
+        parts = [int(part) for part in stat.read_text().split("\n", 1)[0].split()[1:]]
+        return sum(parts) - parts[3] - parts[4], sum(parts)
+
+    (busy, total) = times()
+    time.sleep(seconds)
+    (busy_then, total_then) = times()
+    return round((busy_then - busy) / max(1, total_then - total), 3)
+
+
+def patiently(workload: Workload) -> dict[str, Any]:
+    """A run; once more if the fleet did not come up or an answer broke off."""
+    try:
+        return once(workload)
+    except (OSError, RuntimeError, AssertionError) as error:
+        print(f"a run failed and is made again: {error}", file=sys.stderr, flush=True)
+        return once(workload)
 
 
 def record(name: str, runs: int) -> dict[str, Any]:
     workload = WORKLOADS[name]
     made = []
-    for at in range(runs):
-        run = once(workload)
+    # the mocks take what they say; of the others one run more tells what iterations cost in company
+    first = 0 if workload.mocks else -1
+    for at in range(first, runs):
+        run = patiently(workload)
         made.append(run)
         told = [r for r in run["requests"] if r["session"] >= 0]
         seconds = (max(r["ended_us"] for r in told) - min(r["arrived_us"] for r in told)) / 1e6
         tokens = sum(r["output"] for r in told)
         ttft = statistics.mean(r["first_us"] - r["arrived_us"] for r in told) / 1e3
         print(
-            f"{name} {at + 1}/{runs}: {len(told)} requests, {len(run['batches'])} batches, {seconds:.1f} s,"
-            f" {tokens / seconds:.0f} tokens/s, mean TTFT {ttft:.1f} ms, load before {run['load_before']:.2f}",
+            f"{name} {f'{at + 1}/{runs}' if at >= 0 else 'calibration'}: {len(told)} requests, {len(run['batches'])} batches, {seconds:.1f} s,"
+            f" {tokens / seconds:.0f} tokens/s, mean TTFT {ttft:.1f} ms, busy before {run['busy_before']:.0%}",
             flush=True,
         )
     return {
@@ -399,7 +456,8 @@ def record(name: str, runs: int) -> dict[str, Any]:
         "machine": {"cpu": cpu(), "cores": os.cpu_count(), "gpu": None},
         "scheduler": workload.scheduler,
         "policy": "product",
-        "runs": made,
+        "calibration": None if workload.mocks else made[0],
+        "runs": made[-runs:],
     }
 
 

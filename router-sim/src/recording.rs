@@ -29,6 +29,10 @@ pub struct RecordedRun {
     pub scheduler: String,
     /// How workers were chosen.
     pub policy: String,
+    /// One run more, which is compared with nothing: what iterations cost among the fleet's other processes is fitted to its
+    /// batches. Without it they cost what the workers announced.
+    #[serde(default)]
+    pub calibration: Option<OneRun>,
     /// Each on a fresh fleet.
     pub runs: Vec<OneRun>,
 }
@@ -47,6 +51,8 @@ pub struct Machine {
 pub struct OneRun {
     /// The machine's load average before.
     pub load_before: f64,
+    /// The share of its cores that something else was using just before.
+    pub busy_before: f64,
     /// In the order in which others name them.
     pub workers: Vec<RecordedWorker>,
     /// Of requests of one token on an idle fleet: time to the token, and the time of the iteration in it, in microseconds.
@@ -233,6 +239,7 @@ impl RecordedRun {
             return Err("runs: there is none".into());
         }
         self.mode().and(self.policy_name().map(|_| ())).map_err(|error| error.to_string())?;
+        self.calibration.iter().try_for_each(|run| run.check().map_err(|why| format!("calibration.{why}")))?;
         self.runs.iter().enumerate().try_for_each(|(at, run)| run.check().map_err(|why| format!("runs[{at}].{why}")))
     }
 }

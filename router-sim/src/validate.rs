@@ -1,8 +1,10 @@
 //! Holds the simulator to a recorded run: the same requests, workers that take what their cost models say, the real
 //! scheduler; then what the simulator says beside what happened.
 //!
-//! Of the recording's own measurements two go in, and nothing is fitted to what is compared:
+//! Of the recording's own measurements three go in, and nothing is fitted to what is compared:
 //!
+//! - where the recording has a calibration run, *what iterations cost*: fitted to its batches. Workers that share cores with
+//!   one another, the router and the clients are slower than one that measured itself alone; the other runs are held to it.
 //! - *around*: what a request of one token takes on an idle fleet beyond its iteration (client, HTTP, tokenising, both
 //!   links), the median of the probes; it is added once to each request.
 //! - *between*: what passes from iteration to iteration beyond the time that the worker reports (its messages, its thread),
@@ -15,14 +17,18 @@ use std::fmt;
 use std::sync::Arc;
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Config, CostModel, Epoch, Micros, Mode, ModelSpec, NewRequest, PagedStep, RequestId,
-    RowId, Tokens, Work, WorkerSpec,
+    BlockHash, BlockSize, Blocks, Config, CostModel, Epoch, Fit, Layout, Micros, Mode, ModelSpec, NewRequest,
+    PagedStep, RequestId, RowId, Tokens, Work, WorkerSpec,
 };
+
+use serde::Serialize;
 
 use crate::driver::Simulation;
 use crate::outcome::RowOutcome;
 use crate::random::mix;
-use crate::recording::{OneRun, RecordedEnd, RecordedRequest, RecordedRun, RecordingError};
+use crate::recording::{
+    OneRun, RecordedBatch, RecordedEnd, RecordedRequest, RecordedRun, RecordedWorker, RecordingError,
+};
 use crate::sequence::next_token;
 use crate::timing::Pace;
 
@@ -30,13 +36,12 @@ use crate::timing::Pace;
 const WITHIN: f64 = 0.10;
 /// How far the time of a batch may be off, in the median.
 const SLICE_WITHIN: f64 = 0.05;
-/// How exactly a turn finds the end of the one before it.
-const GRAIN: Micros = Micros(200);
-/// Things that may happen in a replay for each of its tokens, and at least: what never ends is found.
-const MOST_HAPPENING: u64 = 1_000;
+const FOREVER: Micros = Micros(u64::MAX / 4);
+/// Things that may happen in a replay for each of its tokens: what never ends is found.
+const MOST_HAPPENING: u64 = 100;
 
 /// A figure of the recorded runs beside the simulator's.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metric {
     /// What.
     pub name: &'static str,
@@ -55,14 +60,14 @@ pub struct Metric {
 }
 
 /// How near the simulator comes to a recording.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Fidelity {
     /// The workload.
     pub name: String,
     /// Runs of it.
     pub runs: usize,
-    /// The machine's highest load average before any of them.
-    pub load_before: f64,
+    /// The largest share of the machine's cores that something else was using before any of them.
+    pub busy_before: f64,
     /// Seconds around a request, mean over the runs.
     pub around: f64,
     /// Seconds between iterations, mean over the runs.
@@ -89,8 +94,8 @@ impl Fidelity {
 
 impl fmt::Display for Fidelity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, runs, load_before, around, between, slice_bias, .. } = self;
-        writeln!(f, "{name}: {runs} runs, load average before at most {load_before:.2}")?;
+        let Self { name, runs, busy_before, around, between, slice_bias, .. } = self;
+        writeln!(f, "{name}: {runs} runs on a machine that others used to {:.0} % at most", busy_before * 100.0)?;
         writeln!(
             f,
             "{:<12} {:>10} {:>10}  {:<9} {:>7} {:>7} {:>7}",
@@ -120,13 +125,14 @@ impl fmt::Display for Fidelity {
 pub fn validate(recorded: &RecordedRun) -> Result<Fidelity, RecordingError> {
     let (mut real, mut model, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     let (mut around, mut between) = (0.0, 0.0);
+    let fitted = recorded.calibration.as_ref().map(fit).transpose()?;
     for run in &recorded.runs {
-        let setting = Setting::of(run, recorded.mode()?);
+        let setting = Setting::of(run, recorded.mode()?, fitted);
         around += setting.around.0 as f64 * 1e-6;
         between += setting.between * 1e-6;
         real.push(Figures::recorded(run));
         model.push(replay(recorded, run, &setting)?);
-        errors.extend(slice_errors(run));
+        errors.extend(slice_errors(run, &setting));
     }
     let count = recorded.runs.len() as f64;
     let mut metrics: Vec<Metric> = Figures::NAMES
@@ -158,7 +164,7 @@ pub fn validate(recorded: &RecordedRun) -> Result<Fidelity, RecordingError> {
     Ok(Fidelity {
         name: recorded.name.clone(),
         runs: recorded.runs.len(),
-        load_before: recorded.runs.iter().map(|run| run.load_before).fold(0.0, f64::max),
+        busy_before: recorded.runs.iter().map(|run| run.busy_before).fold(0.0, f64::max),
         around: around / count,
         between: between / count,
         slice_bias,
@@ -198,10 +204,12 @@ struct Setting {
     around: Micros,
     /// Microseconds.
     between: f64,
+    /// What iterations cost, if not what was announced.
+    fitted: Option<CostModel>,
 }
 
 impl Setting {
-    fn of(run: &OneRun, mode: Mode) -> Self {
+    fn of(run: &OneRun, mode: Mode, fitted: Option<CostModel>) -> Self {
         let around = run.probes_us.iter().map(|[ttft, iteration]| ttft.saturating_sub(*iteration) as f64).collect();
         let mut between = Vec::new();
         // a pool's rounds wait for their time: what passes between their batches is no cost
@@ -217,23 +225,44 @@ impl Setting {
                 }
             }
         }
-        Self { around: Micros(median(around) as u64), between: median(between).max(0.0) }
+        Self { around: Micros(median(around) as u64), between: median(between).max(0.0), fitted }
+    }
+
+    fn cost(&self, worker: &RecordedWorker) -> CostModel {
+        self.fitted.unwrap_or(worker.cost_model)
     }
 }
 
+fn work(batch: &RecordedBatch) -> Work {
+    Work {
+        fills: batch.fills,
+        prefill: Tokens(batch.prefill_tokens),
+        pairs: batch.pairs,
+        decoded: batch.decoded_tokens,
+        context: Tokens(batch.context_tokens),
+        longest: Tokens(batch.longest_tokens),
+    }
+}
+
+fn ran(run: &OneRun) -> impl Iterator<Item = &RecordedBatch> {
+    run.batches.iter().filter(|batch| batch.steps > 0 && batch.time_us > 0)
+}
+
+/// What iterations cost, from the batches of a run.
+fn fit(run: &OneRun) -> Result<CostModel, RecordingError> {
+    if run.layout() == Layout::Padded {
+        let why = "calibration: it is of workers that pad, and only what paged batches cost can be fitted";
+        return Err(RecordingError::Impossible(why.into()));
+    }
+    let batches: Vec<_> = ran(run).map(|batch| (work(batch), batch.steps, batch.time_us as f64 * 1e-6)).collect();
+    Fit::of_batches(&batches).map_err(|error| RecordingError::Impossible(format!("calibration: {error}")))
+}
+
 /// Of each batch: the model's seconds for what it computed, and these over the measured ones, less one.
-fn slice_errors(run: &OneRun) -> impl Iterator<Item = (f64, f64)> {
-    run.batches.iter().filter(|batch| batch.steps > 0 && batch.time_us > 0).filter_map(|batch| {
-        let work = Work {
-            fills: batch.fills,
-            prefill: Tokens(batch.prefill_tokens),
-            pairs: batch.pairs,
-            decoded: batch.decoded_tokens,
-            context: Tokens(batch.context_tokens),
-            longest: Tokens(batch.longest_tokens),
-        };
-        let model = &run.workers.get(batch.worker)?.cost_model;
-        let seconds = work.seconds(model, batch.rows, batch.steps);
+fn slice_errors(run: &OneRun, setting: &Setting) -> impl Iterator<Item = (f64, f64)> {
+    ran(run).filter_map(|batch| {
+        let model = setting.cost(run.workers.get(batch.worker)?);
+        let seconds = work(batch).seconds(&model, batch.rows, batch.steps);
         Some((seconds, seconds * 1e6 / batch.time_us as f64 - 1.0))
     })
 }
@@ -252,9 +281,7 @@ fn replay(recorded: &RecordedRun, run: &OneRun, setting: &Setting) -> Result<Fig
         seed: 0,
         max_rows: run.requests.len().max(1),
     };
-    let tokens: u64 = run.requests.iter().map(|r| r.prompt() as u64 + u64::from(r.output)).sum();
-    let most = tokens.saturating_add(run.requests.len() as u64).saturating_mul(MOST_HAPPENING);
-    let mut sim = Simulation::new(model.clone(), config, Micros::ZERO).cheap(1).with_most(most);
+    let mut sim = Simulation::new(model.clone(), config, Micros::ZERO).cheap(1);
     for (slot, worker) in run.workers.iter().enumerate() {
         let spec = WorkerSpec {
             name: worker.id.clone(),
@@ -267,7 +294,7 @@ fn replay(recorded: &RecordedRun, run: &OneRun, setting: &Setting) -> Result<Fig
             layout: worker.cost_model.layout(),
             cost: Some(worker.cost_model),
         };
-        let pace = Pace::linear(slower(worker.cost_model, setting.between * 1e-6), worker.chunk_tokens);
+        let pace = Pace::linear(slower(setting.cost(worker), setting.between * 1e-6), worker.chunk_tokens);
         sim.join(Micros::ZERO, spec, pace);
     }
     serve(sim, run, setting.around, first.vocab)
@@ -302,12 +329,11 @@ fn serve(mut sim: Simulation, run: &OneRun, around: Micros, vocab: u32) -> Resul
     let mut names: Vec<i64> = Vec::new();
     for (place, request) in run.requests.iter().enumerate().rev() {
         // probes are one conversation: they came one by one
-        match names.iter().position(|name| *name == request.session) {
-            Some(at) => talks[at].left.push(place),
-            None => {
-                names.push(request.session);
-                talks.push(Talk { left: vec![place], asked: None });
-            }
+        if let Some(at) = names.iter().position(|name| *name == request.session) {
+            talks[at].left.push(place);
+        } else {
+            names.push(request.session);
+            talks.push(Talk { left: vec![place], asked: None });
         }
     }
     let mut arrived = vec![Micros::ZERO; run.requests.len()];
@@ -321,30 +347,28 @@ fn serve(mut sim: Simulation, run: &OneRun, around: Micros, vocab: u32) -> Resul
         }
     }
     let row = |place: usize| RowId { request: RequestId(place as u64 + 1), choice: 0 };
-    let mut now = Micros::ZERO;
-    let last = run.requests.iter().map(|r| r.ended_us).max().unwrap_or(0);
-    // a replay that takes ten times as long as what it replays is no replay
-    let limit = start + Micros(last.saturating_mul(10).saturating_add(60_000_000));
-    while now < limit && talks.iter().any(|talk| talk.asked.is_some()) {
-        now += GRAIN;
-        let outcome = sim.run(now);
-        let mut next = Vec::new();
+    let tokens: u64 = run.requests.iter().map(|r| r.prompt() as u64 + u64::from(r.output)).sum();
+    let mut left = tokens.saturating_add(1_000).saturating_mul(MOST_HAPPENING);
+    let mut next = Vec::new();
+    let mut rows = sim.unfinished();
+    while talks.iter().any(|talk| talk.asked.is_some()) && left > 0 && sim.step(FOREVER) {
+        left -= 1;
+        // rows that ended have their place in the outcome
+        if std::mem::replace(&mut rows, sim.unfinished()) <= rows {
+            continue;
+        }
+        let now = sim.now();
         for talk in &mut talks {
             let Some(place) = talk.asked else { continue };
-            let Some((ended, _)) = outcome.rows.get(&row(place)).and_then(|row| row.ends.first()) else {
-                if outcome.rejected.contains_key(&RequestId(place as u64 + 1)) {
-                    return Err(RecordingError::Impossible(format!("requests[{place}]: no worker can hold it")));
-                }
-                continue;
-            };
+            let Some(ended) = sim.outcome().rows.get(&row(place)).and_then(|row| row.ends.first()) else { continue };
             talk.asked = talk.left.pop();
             if let Some(then) = talk.asked {
                 let pause = run.requests[then].arrived_us.saturating_sub(run.requests[place].ended_us);
-                arrived[then] = (*ended + around + Micros(pause)).max(now);
+                arrived[then] = (ended.0 + around + Micros(pause)).max(now);
                 next.push(then);
             }
         }
-        for place in next {
+        for place in next.drain(..) {
             ask(&mut sim, run, place, arrived[place], &prompts[place]);
         }
     }
@@ -353,7 +377,12 @@ fn serve(mut sim: Simulation, run: &OneRun, around: Micros, vocab: u32) -> Resul
     for (place, request) in run.requests.iter().enumerate().filter(|(_, request)| request.counts()) {
         let served = outcome.rows.get(&row(place)).and_then(RowOutcome::served);
         let Some((first, ended)) = served else {
-            return Err(RecordingError::Impossible(format!("requests[{place}]: the simulated fleet never ends it")));
+            let why = if outcome.rejected.contains_key(&RequestId(place as u64 + 1)) {
+                "no worker can hold it"
+            } else {
+                "the simulated fleet never ends it"
+            };
+            return Err(RecordingError::Impossible(format!("requests[{place}]: {why}")));
         };
         times.push([arrived[place].0, (first + around).0, (ended + around).0, request.output.into()]);
     }

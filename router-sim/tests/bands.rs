@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use common::{FOREVER, check_drained, config, model, prompt, request, spec};
 use router_core::{
-    BatchRecord, Config, CostModel, FinishReason, Micros, PagedPrefill, PagedStep, PolicyName, RequestId, RowId,
+    BatchRecord, Config, CostModel, FinishReason, Fit, Micros, PagedPrefill, PagedStep, PolicyName, RequestId, RowId,
     Tokens, WorkerSpec,
 };
 use router_sim::{Lengths, Noise, Outcome, Pace, Random, Simulation, synthetic};
@@ -189,4 +189,29 @@ fn a_long_prompt_does_not_stop_the_streams_beside_it() {
     println!("ITL p99 {without} without, {with} with a prompt over {slices} slices");
     assert!(with.0 <= 2 * without.0, "{with} and {without}");
     assert!(slices >= 3, "{slices}");
+}
+
+/// What a batch computed is known from its report: the model of its iterations gives its time, to the microsecond of each, and
+/// from enough batches the model is found again.
+#[test]
+fn what_a_batch_computed_says_what_it_took() {
+    let out = chats(0.0, 28.0, 120.0);
+    let ran = out.batches.iter().filter_map(|b| Some((b.rows, b.outcome.filter(|outcome| outcome.steps > 0)?)));
+    let mut rest = 0;
+    let mut known = Vec::new();
+    for (rows, outcome) in ran {
+        let took = outcome.time.0 as f64 * 1e-6;
+        known.push((outcome.work, outcome.steps, took));
+        // of rows that ended in it nobody says how many iterations their prompts took
+        let off = outcome.work.seconds(&cost(), rows, outcome.steps) / took - 1.0;
+        rest += u32::from(off.abs() > 1e-4);
+        assert!(off.abs() < 0.1, "{off}: {outcome:?}");
+    }
+    assert!(known.len() > 2_000 && f64::from(rest) < 0.05 * known.len() as f64, "{rest} of {}", known.len());
+    let CostModel::Paged { prefill, step } = Fit::of_batches(&known).expect("enough") else { panic!("paged") };
+    let CostModel::Paged { prefill: p, step: s } = cost() else { panic!("paged") };
+    let near = |a: f64, b: f64| (a / b - 1.0).abs() < 0.01;
+    assert!(near(step.constant, s.constant) && near(step.per_row, s.per_row), "{step:?}");
+    assert!(near(step.per_context, s.per_context) && near(prefill.per_token, p.per_token), "{step:?} {prefill:?}");
+    assert!(Fit::of_batches(&known[..11]).is_err());
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::json::RawSample;
 use super::model::{CostModel, Iteration, Layout, PaddedCost, PagedPrefill, PagedStep};
+use crate::record::Work;
 
 /// One measured iteration.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -81,27 +82,55 @@ impl Fit {
         let model = match layout {
             Layout::Padded => {
                 let pass = |samples: &[Sample]| {
-                    let [constant, per_row, per_position, per_cell] = solve(samples, |it| {
-                        let (rows, length) = (it.rows as f64, it.longest as f64);
-                        [1.0, rows, length, rows * length]
+                    let columns = samples.iter().map(|sample| {
+                        let (rows, length) = (sample.iteration.rows as f64, sample.iteration.longest as f64);
+                        ([1.0, rows, length, rows * length], sample.seconds)
                     });
+                    let [constant, per_row, per_position, per_cell] = solve(&columns.collect::<Vec<_>>());
                     PaddedCost { constant, per_row, per_position, per_cell }
                 };
                 CostModel::Padded { prefill: pass(&fills), step: pass(&steps) }
             }
             Layout::Paged => {
-                let [constant, per_row, per_context, any, per_token, per_pair] = solve(samples, |it| {
+                let columns = samples.iter().map(|sample| {
+                    let it = &sample.iteration;
                     let fill = if it.prefill > 0 { [1.0, it.prefill as f64, it.pairs as f64] } else { [0.0; 3] };
-                    [1.0, it.rows as f64, it.context as f64, fill[0], fill[1], fill[2]]
+                    ([1.0, it.rows as f64, it.context as f64, fill[0], fill[1], fill[2]], sample.seconds)
                 });
-                CostModel::Paged {
-                    prefill: PagedPrefill { constant: any, per_token, per_pair },
-                    step: PagedStep { constant, per_row, per_context },
-                }
+                paged(solve(&columns.collect::<Vec<_>>()))
             }
         };
         model.check()?;
         Ok(Self::judge(model, samples))
+    }
+
+    /// The model of a paged worker from whole batches that it served: what each computed, in how many iterations, and their
+    /// seconds. What a worker takes among others on its machine shows only there. A tenth of the batches, those that the
+    /// first fit misses most, are left out of the second: a machine stalls now and then.
+    pub fn of_batches(batches: &[(Work, u32, f64)]) -> Result<CostModel, FitError> {
+        if let Some(at) = batches.iter().position(|(.., seconds)| !(seconds.is_finite() && *seconds > 0.0)) {
+            return Err(FitError::NoTime { at, seconds: batches[at].2 });
+        }
+        if batches.len() < 12 {
+            return Err(FitError::TooFew { part: "batches", have: batches.len(), need: 12 });
+        }
+        let mut columns: Vec<_> = batches
+            .iter()
+            .map(|(work, steps, seconds)| {
+                let step = [f64::from(*steps), work.decoded as f64, work.context.0 as f64];
+                let fill = [f64::from(work.fills), work.prefill.0 as f64, work.pairs as f64];
+                ([step[0], step[1], step[2], fill[0], fill[1], fill[2]], *seconds)
+            })
+            .collect();
+        let first = solve(&columns);
+        let miss = |(columns, seconds): &([f64; 6], f64)| {
+            (columns.iter().zip(first).map(|(value, x)| value * x).sum::<f64>() / seconds - 1.0).abs()
+        };
+        columns.sort_by(|a, b| miss(a).total_cmp(&miss(b)));
+        columns.truncate(columns.len() - columns.len() / 10);
+        let model = paged(solve(&columns));
+        model.check()?;
+        Ok(model)
     }
 
     /// How well a model does on samples, whose times are times.
@@ -135,9 +164,16 @@ impl Fit {
 /// another (then it is the shortest), and moves one that is determined by a part in a billion.
 const RIDGE: f64 = 1e-13;
 
+fn paged([constant, per_row, per_context, any, per_token, per_pair]: [f64; 6]) -> CostModel {
+    CostModel::Paged {
+        prefill: PagedPrefill { constant: any, per_token, per_pair },
+        step: PagedStep { constant, per_row, per_context },
+    }
+}
+
 /// The `x >= 0` that makes the sum over samples of `(columns * x / seconds - 1)^2` least.
-fn solve<const N: usize>(samples: &[Sample], columns: impl Fn(&Iteration) -> [f64; N]) -> [f64; N] {
-    let weighed = || samples.iter().map(|s| columns(&s.iteration).map(|value| value / s.seconds));
+fn solve<const N: usize>(samples: &[([f64; N], f64)]) -> [f64; N] {
+    let weighed = || samples.iter().map(|(columns, seconds)| columns.map(|value| value / seconds));
     // columns differ by many orders (a row, its context, its pairs): each is scaled to length 1
     let mut scale = [0.0; N];
     for row in weighed() {
