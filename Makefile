@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers proto clean soak ablation build readme-figures setup rust-test py-test figures figures-smoke
+.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers proto clean soak record-runs figures figures-smoke ablation build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -101,6 +101,12 @@ bench-modes: ## sequence level, slice level and ours on real CPU workers, and th
 bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers)
 	@tools/setup.sh run
 	@bench/peers/dynamo_python/run.sh $(ARGS)
+
+record-runs: ## real fleets on this machine, recorded for `simulate --validate` (6 minutes; leave the machine alone)
+	@tools/setup.sh test
+	@$(MAKE) --no-print-directory build
+	@$(PY) bench/record_run.py $(ARGS)
+	@for run in tests/fixtures/runs/*.json.gz; do $(ROUTER) simulate --validate $$run; echo; done
 
 ablation: ## the steps from sequence level to slices, at saturation in virtual time (some minutes)
 	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/ablation.json cargo run --quiet --release -p router-sim --example ablation -- $(ARGS)

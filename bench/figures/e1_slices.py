@@ -21,7 +21,7 @@ from routing import RESULTS, goal, print_goals, report, short, write
 from slices import KV, WORKLOADS, Job, Run, Workload, in_parallel
 
 OVERLOAD = 1.15
-LOADS = (0.3, 0.5, 0.7, 0.9)
+LOADS = (0.3, 0.7, 0.9)
 HOSTS = ((0.0, 0.0), (0.3, 0.3), (1.0, 1.0), (1.0, 2.0), (3.0, 2.0))
 """Milliseconds: host time of an iteration, start of a slice."""
 TABLE = (1.0, 2.0)
@@ -49,7 +49,7 @@ def at_saturation(work: Workload, scheduler: str, seconds: float) -> Job:
     host = 3.0 if scheduler == capped(work) else TABLE[0]
     policy = "round_robin" if scheduler == capped(work) else "least_requests"
     offered = FIRST.get(family(scheduler), OVERLOAD) * work.capacity
-    return Job(work, scheduler, offered, seconds, host, TABLE[1], policy)
+    return Job(work, scheduler, offered, seconds * work.longer, host, TABLE[1], policy)
 
 
 def saturate(works: list[Workload], seconds: float) -> list[Run]:
@@ -57,7 +57,7 @@ def saturate(works: list[Workload], seconds: float) -> list[Run]:
     found = list(jobs)
     swept = [at for at, job in enumerate(jobs) if family(job.scheduler) in FIRST]
     for _ in range(3):
-        trials = in_parallel([replace(found[at], seconds=seconds * 0.4) for at in swept])
+        trials = in_parallel([replace(found[at], seconds=found[at].seconds * 0.4) for at in swept])
         more = []
         for at, run in zip(swept, trials, strict=True):
             offered, served = found[at].rate, run["throughput"]
@@ -77,7 +77,8 @@ def over_load(works: list[Workload], seconds: float, loads: tuple[float, ...]) -
         for load in loads:
             for host, start in HOSTS:
                 for name in ("continuous", "slice"):
-                    jobs.append(Job(work, name, load * work.capacity, seconds, host, start))
+                    span = seconds * work.longer
+                    jobs.append(Job(work, name, load * work.capacity, span, host, start, drain=True))
                     shares.append(load)
     runs = in_parallel(jobs)
     return [{**run, "load": load} for run, load in zip(runs, shares, strict=True)]
@@ -189,15 +190,16 @@ def show(best: dict[str, dict[str, Run]], curves: list[Run]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="one workload, short runs, nothing written")
+    parser.add_argument("--part", type=float, default=1.0, help="of the full length of runs (default 1)")
     parser.add_argument("--json", type=Path, default=RESULTS / "e1.json")
     args = parser.parse_args()
     began = time.monotonic()
     works = list(WORKLOADS[:1] if args.smoke else WORKLOADS)
-    part = 0.1 if args.smoke else 1.0
+    part = 0.1 if args.smoke else args.part
     table = saturate(works, 400 * part)
     best = best_of(table)
     curves = over_load(works, 250 * part, (0.5,) if args.smoke else LOADS)
-    ends = drained(works, best, 300 * part)
+    ends = drained(works, best, 30 if args.smoke else 300)
     headline = frontier(works[0], best[works[0].name]["scls"], 200 * part)
     goals = goals_of(best, curves, ends)
     reached = [run for run in headline if run["scls_over_it"] >= 4.158]
@@ -210,7 +212,7 @@ def main() -> None:
     if not args.smoke:
         parts = {"rows": table, "curves": curves, "drained": ends, "frontier": headline}
         rounded = {name: [round_of(run) for run in runs] for name, runs in parts.items()}
-        command = "uv run bench/figures/e1_slices.py"
+        command = f"uv run bench/figures/e1_slices.py --part {args.part:g}"
         write(args.json, report("e1", command, time.monotonic() - began, **rounded, goals=goals))
 
 

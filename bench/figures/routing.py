@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,34 @@ def simulate(
     return list(cells.values())
 
 
+class Cache:
+    """What was run already, by this very program: a run that was interrupted goes on."""
+
+    def __init__(self, name: str) -> None:
+        program = hashlib.sha256(BINARY.read_bytes()).hexdigest()[:12]
+        self.folder = ROOT / "target/figures" / f"{name}-{program}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str) -> Any:
+        file = self.folder / f"{key}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def put(self, key: str, value: Any) -> None:
+        file = self.folder / f"{key}.json"
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(value))
+        part.replace(file)
+
+    def cells(self, key: str, make: Callable[[], list[Cell]]) -> list[Cell]:
+        """Those of this key; made where there are none yet."""
+        known = self.get(key)
+        if known is None:
+            made = make()
+            self.put(key, [asdict(cell) for cell in made])
+            return made
+        return [Cell(**cell) for cell in known]
+
+
 def maximum(traffic: Traffic, device: str, policies: Sequence[str], *, window: str | None = None) -> float:
     """The rate at which the best of these policies has five times the mean TTFT that it has when nothing waits."""
 
@@ -197,7 +226,7 @@ def report(name: str, command: str, seconds: float, **more: Any) -> dict[str, An
         "when": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu(), "cores": os.cpu_count(), "gpu": None},
         "seed": 1,
-        "seconds": round(seconds),
+        "seconds": short(seconds),
         **more,
     }
 

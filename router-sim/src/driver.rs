@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 use router_core::{
-    Action, BatchRecord, Config, Decision, Event, Micros, ModelSpec, NewRequest, PlanNo, RequestId, RowId, Scheduler,
-    Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
+    Action, BatchRecord, Config, Decision, Event, Micros, ModelSpec, Moves, NewRequest, PlanNo, RequestId, RowId,
+    Scheduler, Tokens, WorkerId, WorkerLoad, WorkerMessage, WorkerSpec,
 };
 
 use crate::calendar::Calendar;
@@ -238,6 +238,11 @@ impl Simulation {
         self.scheduler.sizes()
     }
 
+    /// What it has come to so far.
+    pub(crate) fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
     /// What the run came to, without a copy.
     pub fn into_outcome(self) -> Outcome {
         self.outcome
@@ -266,6 +271,11 @@ impl Simulation {
     /// Rows that have not ended.
     pub fn unfinished(&self) -> usize {
         self.scheduler.rows()
+    }
+
+    /// Rows that moved for another reason than a lost worker.
+    pub fn moves(&self) -> Moves {
+        self.scheduler.moves()
     }
 
     /// S as it is now.

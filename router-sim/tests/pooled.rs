@@ -156,7 +156,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
     /// Anything at any time: arrivals, cancels, a kill, a drain, a late joiner, any S, memory barely enough.
     #[test]
-    fn every_row_ends_once_and_nothing_is_left(
+    fn property_11_every_row_ends_once_and_nothing_is_left(
         rows in proptest::collection::vec((0u64..900_000, 1usize..300, 1u64..120, proptest::option::of(0u64..2_000_000)), 1..60),
         slice in prop_oneof![Just(None), Just(Some(1u32)), (2u32..40).prop_map(Some), Just(Some(5_000))],
         blocks in 27u64..200, small in 27u64..200, max_rows in 1u32..20, delay in 0u64..8_000,

@@ -37,7 +37,7 @@ use progress::Progress;
 /// the report.
 pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<String, Failure> {
     if let Some(file) = &args.validate {
-        return replay(file);
+        return replay(file, args.json);
     }
     let plan = Plan::new(&args.asked).map_err(Failure::Usage)?;
     if let Some(out) = &args.out {
@@ -84,12 +84,17 @@ impl Told {
 }
 
 /// How far the model is off a recorded run.
-fn replay(file: &Path) -> Result<String, Failure> {
+fn replay(file: &Path, json: bool) -> Result<String, Failure> {
     let usage = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
     let bytes = std::fs::read(file).map_err(|error| usage(format!("cannot be read: {error}")))?;
     let recorded = RecordedRun::parse(&bytes).map_err(|error| usage(inputs::line(error)))?;
     let fidelity = validate(&recorded).map_err(|error| usage(inputs::line(error)))?;
-    let said = format!("{fidelity}\n");
+    let said = if json {
+        serde_json::to_string_pretty(&fidelity).map_err(|error| Failure::Run(error.to_string()))?
+    } else {
+        fidelity.to_string()
+    };
+    let said = format!("{said}\n");
     if fidelity.holds() {
         return Ok(said);
     }

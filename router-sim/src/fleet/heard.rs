@@ -11,32 +11,33 @@ use crate::rival;
 #[derive(Debug, Default)]
 pub(super) struct Heard {
     pub(super) standing: Standing,
-    /// Prompts sent that are not in `standing`, and how many were sent over all time.
+    /// Prompts sent that are not in `standing`, their tokens, and how many were sent over all time.
     since: VecDeque<u32>,
+    tokens: u64,
     sent: u64,
 }
 
 impl Heard {
     pub(super) fn sent(&mut self, prompt: u32) {
         self.sent += 1;
+        self.tokens += u64::from(prompt);
         self.since.push_back(prompt);
     }
 
     pub(super) fn hear(&mut self, standing: Standing) {
         self.standing = standing;
         let unknown = self.sent.saturating_sub(standing.taken) as usize;
-        while self.since.len() > unknown {
-            self.since.pop_front();
+        for prompt in self.since.drain(..self.since.len().saturating_sub(unknown)) {
+            self.tokens -= u64::from(prompt);
         }
     }
 
     /// As rivals see it; `at` is the time that feedback of now is from.
     pub(super) fn engine(&self, at: Micros, blocks: Blocks) -> rival::Engine {
-        let sent: u64 = self.since.iter().map(|prompt| u64::from(*prompt)).sum();
         rival::Engine {
             running: self.standing.running,
             waiting: self.standing.waiting + self.since.len() as u64,
-            tokens: Tokens(self.standing.tokens_at(at) + sent),
+            tokens: Tokens(self.standing.tokens_at(at) + self.tokens),
             used: Blocks(self.standing.used),
             cached: Blocks(self.standing.cached),
             blocks,

@@ -186,7 +186,10 @@ impl<'a, 'b> Drive<'a, 'b> {
                 }
             }
             (None, None) => {
-                self.now = self.run.until;
+                // what is left comes after the run's end, if it has one
+                if self.run.until < Micros(u64::MAX) {
+                    self.now = self.run.until;
+                }
                 return Ok(false);
             }
         }
@@ -345,8 +348,10 @@ impl<'a, 'b> Drive<'a, 'b> {
         let blocks = Blocks(self.run.fleet.device.kv.0 / size.get());
         self.views.clear();
         let workers = &self.workers;
-        let views = self.slots.iter().map(|(_, at)| workers[*at as usize].heard.engine(heard_at, blocks));
-        self.views.extend(views);
+        if self.policy.asks_engines() {
+            let views = self.slots.iter().map(|(_, at)| workers[*at as usize].heard.engine(heard_at, blocks));
+            self.views.extend(views);
+        }
         let about = About { now, what, engines: &self.views, chain, size };
         self.router.advance(now);
         let prompt = Prompt::named(BlockHash(0), chain, Tokens(what.input.max(1).into()), size);

@@ -12,6 +12,10 @@ impl Rival for Core {
         self.0.name().to_string()
     }
 
+    fn asks_engines(&self) -> bool {
+        false
+    }
+
     fn scores(&mut self, sight: &Sight<'_>, scores: &mut Vec<u128>) {
         sight.each(scores, |at| self.0.score(sight.seen.view(), at));
     }

@@ -140,6 +140,10 @@ pub trait Rival: Send {
     fn name(&self) -> String;
     /// One score for each candidate, appended to the empty `scores`.
     fn scores(&mut self, sight: &Sight<'_>, scores: &mut Vec<u128>);
+    /// Whether it asks what engines say of themselves: who does not is asked sooner in a large fleet.
+    fn asks_engines(&self) -> bool {
+        true
+    }
     /// Its choice was made: the candidate `at`.
     fn chosen(&mut self, _sight: &Sight<'_>, _at: usize) {}
 }

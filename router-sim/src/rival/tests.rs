@@ -1,5 +1,6 @@
 //! One case table for all: (policy, workers, winner), each worked out by hand.
 
+use proptest::prelude::*;
 use router_core::{
     BlockHash, BlockSize, Blocks, Candidate, CostModel, Micros, PagedPrefill, PagedStep, Seen, Tokens, WorkerId, least,
 };
@@ -481,6 +482,84 @@ fn extremes_are_scored() {
         for workers in [&[worst, IDLE][..], &[worst], &[IDLE], &[worst, worst, IDLE.hit(LENGTH)]] {
             let at = ask(&mut *rival, workers, &Ask { chain: chain(0..100), ..Ask::default() });
             assert!(at < workers.len(), "{name}");
+        }
+    }
+}
+
+/// Any state of a fleet.
+fn fleets() -> impl Strategy<Value = Vec<W>> {
+    let worker = (0u64..=100, 0u64..5000, 0u64..40, 0u64..10, 0u64..20_000, (0u64..1000, 0u64..1000));
+    let worker = worker.prop_map(|(hit, queued, running, waiting, tokens, (used, cached))| W {
+        hit: 10 * hit,
+        queued,
+        running,
+        waiting,
+        tokens,
+        used,
+        cached: cached.min(1000 - used),
+    });
+    proptest::collection::vec(worker, 1..12)
+}
+
+proptest! {
+    /// Whatever the weight is at its ends, one indicator is left.
+    #[test]
+    fn a_linear_rule_of_one_side_is_that_side(workers in fleets(), decision in 0u64..20) {
+        let asks = Ask { decision, ..Ask::default() };
+        let batch = |w: &W| w.running + w.waiting;
+        let load = ask(&mut *named("linear@0"), &workers, &asks);
+        prop_assert_eq!(batch(&workers[load]), workers.iter().map(batch).min().expect("workers"));
+        prop_assert_eq!(load, ask(&mut *named("least_requests"), &workers, &asks));
+        let hits = ask(&mut *named("linear@1"), &workers, &asks);
+        prop_assert_eq!(hits, ask(&mut *named("most_hit"), &workers, &asks));
+    }
+
+    /// Forms that are said to be one are one.
+    #[test]
+    fn equal_rules_choose_alike(workers in fleets(), decision in 0u64..20) {
+        let asks = Ask { decision, ..Ask::default() };
+        // the hit of a whole prompt is a token short of it: nothing is below zero
+        prop_assert_eq!(
+            ask(&mut *named("dynamo_2026"), &workers, &asks), ask(&mut *named("dynamo"), &workers, &asks)
+        );
+        let idle: Vec<W> = workers.iter().map(|w| W { queued: 0, ..*w }).collect();
+        for same in ["product_hit_ratio", "product_sum"] {
+            prop_assert_eq!(ask(&mut *named(same), &idle, &asks), ask(&mut *named("product"), &idle, &asks));
+        }
+    }
+
+    /// A rule that is the least of something does not gain by more of it.
+    #[test]
+    fn more_to_wait_for_wins_nothing(workers in fleets(), more in 1u64..5000) {
+        for name in ["product", "product_time", "product_sum", "least_wait_token", "min_ttft", "mooncake", "dynamo", "llumnix"] {
+            let at = winner(name, &workers);
+            let mut worse = workers.clone();
+            let other = (at + 1) % workers.len();
+            worse[other].queued += more;
+            if other != at {
+                prop_assert_eq!(winner(name, &worse), at, "{}", name);
+            }
+        }
+    }
+
+    /// Decisions over any fleet, remembered: somebody always wins, and the same again.
+    #[test]
+    fn any_state_is_decided_and_decided_again(
+        states in proptest::collection::vec((fleets(), 0u64..50, 0u32..4, proptest::collection::vec(0u64..30, 0..6)), 1..8),
+    ) {
+        for name in names() {
+            let (mut one, mut other) = (named(name), named(name));
+            for (decision, (workers, at, session, blocks)) in states.iter().enumerate() {
+                let asks = Ask {
+                    at: at * 10_000_000 + decision as u64,
+                    session: (*session > 0).then_some(*session),
+                    turn: decision as u32,
+                    class: 0,
+                    chain: chain(blocks.iter().copied()),
+                    decision: decision as u64,
+                };
+                prop_assert_eq!(ask(&mut *one, workers, &asks), ask(&mut *other, workers, &asks), "{}", name);
+            }
         }
     }
 }
