@@ -56,12 +56,12 @@ enum Policy {
 /// One without is added with its capacity in ``blocks``: it is taken to hold what was used there last.
 ///
 /// A policy is a name (``product``, ``product_anticipating``, ``round_robin``, ``random``, ``least_requests``) or a
-/// callable that takes a `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
-/// ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
+/// callable that takes a `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises
+/// comes out of ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
 /// that does: the router is locked while it runs.
 ///
-/// Where many of the latest prompts begin with a prefix that few workers hold, and all of them would go there, a guard keeps
-/// some of them off until enough workers hold it; ``Decision.filtered`` says so. ``docs/hotspot.md`` has the why.
+/// Where many of the latest prompts begin with a prefix that few workers hold, and all of them would go there, a guard
+/// keeps some of them off until enough workers hold it; ``Decision.filtered`` says so. ``docs/hotspot.md`` has the why.
 ///
 /// >>> longest_queue_last = Router(lambda view: [c.queued_tokens for c in view.candidates])
 ///
