@@ -36,6 +36,9 @@ from routing import (
 OURS = ("product", "product_anticipating", "product_time")
 """Ours, without knobs."""
 
+DEFAULT = ("product_anticipating", "prefixes", True)
+"""What is recommended: prefixes committed and the guard on."""
+
 BLIND = (
     "round_robin",
     "random",
@@ -195,6 +198,8 @@ def judge(points: Points) -> tuple[list[dict[str, Any]], list[dict[str, Any]], d
     ours = sorted({key(cell) for cells in points.values() for cell in cells if is_ours(cell)})
     by = {wanted: geometric(over_points(points, wanted)) for wanted in ours}
     best = min(by, key=lambda wanted: by[wanted])
+    # what cannot be told from the best is not chosen by chance: the recommended default, then
+    best = DEFAULT if by[DEFAULT] <= 1.01 * by[best] else best
     ratios = over_points(points, best)
     pairs = [(find(cells, *best), tuned(cells)) for cells in points.values()]
     count = len(pairs)
