@@ -74,9 +74,9 @@ pub(crate) fn _simulate(py: Python<'_>, flags: Vec<String>) -> PyResult<Runs> {
                 match done.recv_timeout(LOOK) {
                     Ok(runs) => return runs.map_err(PyValueError::new_err),
                     Err(RecvTimeoutError::Timeout) => {
-                        if let Err(interrupted) = Python::attach(Python::check_signals) {
+                        if let Err(error) = Python::attach(signals) {
                             stop.store(true, Ordering::Relaxed);
-                            return Err(interrupted);
+                            return Err(error);
                         }
                     }
                     Err(RecvTimeoutError::Disconnected) => return Err(PyValueError::new_err("a run failed")),
@@ -84,6 +84,11 @@ pub(crate) fn _simulate(py: Python<'_>, flags: Vec<String>) -> PyResult<Runs> {
             }
         })
     })
+}
+
+/// Whether somebody pressed Ctrl-C.
+fn signals(py: Python<'_>) -> PyResult<()> {
+    py.check_signals()
 }
 
 fn run(flags: &[String], watch: &Stop<'_>) -> Result<Runs, String> {
