@@ -199,7 +199,7 @@ def main() -> None:
     table = saturate(works, 400 * part)
     best = best_of(table)
     curves = over_load(works, 250 * part, (0.5,) if args.smoke else LOADS)
-    ends = drained(works, best, 300 * part)
+    ends = drained(works, best, 30 if args.smoke else 300)
     headline = frontier(works[0], best[works[0].name]["scls"], 200 * part)
     goals = goals_of(best, curves, ends)
     reached = [run for run in headline if run["scls_over_it"] >= 4.158]

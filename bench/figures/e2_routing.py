@@ -332,8 +332,9 @@ def main() -> None:
             for cell in cells
             if math.isfinite(cell.mean("ttft_mean"))
         ]
-        command = "bench/figures/e2_routing.py --json bench/results/e2.json"
-        header = report("e2_routing", command, time.monotonic() - began, device=args.device, max_rate=most, **table)
+        command = "bench/figures/e2_routing.py" + (" --so-far" if args.so_far else "") + " --json bench/results/e2.json"
+        seconds = math.nan if args.so_far else time.monotonic() - began
+        header = report("e2_routing", command, seconds, device=args.device, max_rate=most, **table)
         write(args.json, {**header, "losses": losses, "rows": rows, "goals": goals})
 
 

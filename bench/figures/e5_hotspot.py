@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,14 @@ QUIET = [("conversation", 0.5), ("conversation", 0.75), ("coder", 0.5), ("tau", 
 SAFE = ("conversation", "coder", "tau")
 """Traces of which no request may be filtered."""
 
+EXAMPLE = Path(os.environ.get("SCLS_HOTSPOT_RELEASE", ROOT / "target/release/examples/hotspot"))
+
 Row = dict[str, Any]
 
 
 def runs(trace: str, load: float, share: float, shared: int, seeds: int) -> list[Row]:
     rate = load * most(trace)
-    command = [str(ROOT / "target/release/examples/hotspot"), str(TRAFFIC[trace].path), f"{rate:.4g}"]
+    command = [str(EXAMPLE), str(TRAFFIC[trace].path), f"{rate:.4g}"]
     command += [str(share), str(shared), str(WORKERS), str(seeds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -98,7 +101,8 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     build = ["cargo", "build", "--release", "--quiet", "-p", "router-sim", "--example", "hotspot"]
-    subprocess.run(build, cwd=ROOT, check=True)
+    if "SCLS_HOTSPOT_RELEASE" not in os.environ:
+        subprocess.run(build, cwd=ROOT, check=True)
     bursts: list[Row] = []
     quiet: list[Row] = []
     for trace, load in BACKGROUNDS[:1] if args.smoke else BACKGROUNDS:

@@ -51,8 +51,8 @@ impl Decision {
             ..Candidate::default()
         });
         let anticipation = Anticipation::new(anticipation.0, anticipation.1);
-        let seen = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names, anticipation };
-        let choice = Choice { id: id.map(DecisionId), seen, scores, at, guard: None };
+        let view = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names, anticipation };
+        let choice = Choice { id: id.map(DecisionId), seen: view, scores, at, guard: None };
         Ok(Self { choice, policy: Arc::from(policy), seed })
     }
 
