@@ -4,12 +4,13 @@ PY := .venv/bin/python
 ROUTER := target/debug/scls-router
 MODEL ?= models/airline-tiny
 WORKERS ?= 2
+FIGURES ?= $(wildcard bench/figures/e*.py)
 # Tests and demo run on the CPU with a small model: more threads only wait for one another.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers proto clean soak ablation build readme-figures setup rust-test py-test
+.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers proto clean soak record-runs figures figures-smoke ablation build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -42,6 +43,7 @@ test: ## everything CI runs
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory rust-test
 	@$(MAKE) --no-print-directory py-test
+	@$(MAKE) --no-print-directory figures-smoke
 
 lint: ## formats, lints, types, layering, generated stubs
 	@tools/setup.sh test
@@ -100,8 +102,26 @@ bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers
 	@tools/setup.sh run
 	@bench/peers/dynamo_python/run.sh $(ARGS)
 
+record-runs: ## real fleets on this machine, recorded for `simulate --validate` (6 minutes; leave the machine alone)
+	@tools/setup.sh test
+	@$(MAKE) --no-print-directory build
+	@$(PY) bench/record_run.py $(ARGS)
+	@for run in tests/fixtures/runs/*.json.gz; do $(ROUTER) simulate --validate $$run; echo; done
+
 ablation: ## the steps from sequence level to slices, at saturation in virtual time (some minutes)
 	@SCLS_BENCH_JSON=$(CURDIR)/bench/results/ablation.json cargo run --quiet --release -p router-sim --example ablation -- $(ARGS)
+
+figures: ## the papers' figures from real traces, in virtual time: all of bench/results/e*.json (hours; one: FIGURES=bench/figures/e3*.py)
+	@tools/setup.sh test
+	@echo "==> cargo build --release (some minutes the first time)"
+	@cargo build --quiet --release -p router-server
+	@failed=; for figure in $(FIGURES); do echo "==> $$figure"; $(PY) $$figure $(ARGS) || failed="$$failed $$figure"; done; \
+	  [ -z "$$failed" ] || { echo "these failed, or a goal of theirs does not hold:$$failed" >&2; exit 1; }
+
+figures-smoke: ## a short run of each figure, nothing written
+	@echo "==> figures, in short"
+	@for figure in $(FIGURES); do SCLS_ROUTER_RELEASE=$(CURDIR)/$(ROUTER) $(PY) $$figure --smoke >.figures.log 2>&1 || \
+	  { echo "$$figure --smoke" >&2; cat .figures.log >&2; exit 1; }; done; rm -f .figures.log
 
 clean: ## removes target/ and .venv
 	@cargo clean --quiet

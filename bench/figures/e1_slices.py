@@ -21,7 +21,7 @@ from routing import RESULTS, goal, print_goals, report, short, write
 from slices import KV, WORKLOADS, Job, Run, Workload, in_parallel
 
 OVERLOAD = 1.15
-LOADS = (0.3, 0.5, 0.7, 0.9)
+LOADS = (0.3, 0.7, 0.9)
 HOSTS = ((0.0, 0.0), (0.3, 0.3), (1.0, 1.0), (1.0, 2.0), (3.0, 2.0))
 """Milliseconds: host time of an iteration, start of a slice."""
 TABLE = (1.0, 2.0)
@@ -49,7 +49,7 @@ def at_saturation(work: Workload, scheduler: str, seconds: float) -> Job:
     host = 3.0 if scheduler == capped(work) else TABLE[0]
     policy = "round_robin" if scheduler == capped(work) else "least_requests"
     offered = FIRST.get(family(scheduler), OVERLOAD) * work.capacity
-    return Job(work, scheduler, offered, seconds, host, TABLE[1], policy)
+    return Job(work, scheduler, offered, seconds * work.longer, host, TABLE[1], policy)
 
 
 def saturate(works: list[Workload], seconds: float) -> list[Run]:
@@ -57,7 +57,7 @@ def saturate(works: list[Workload], seconds: float) -> list[Run]:
     found = list(jobs)
     swept = [at for at, job in enumerate(jobs) if family(job.scheduler) in FIRST]
     for _ in range(3):
-        trials = in_parallel([replace(found[at], seconds=seconds * 0.4) for at in swept])
+        trials = in_parallel([replace(found[at], seconds=found[at].seconds * 0.4) for at in swept])
         more = []
         for at, run in zip(swept, trials, strict=True):
             offered, served = found[at].rate, run["throughput"]
@@ -77,7 +77,8 @@ def over_load(works: list[Workload], seconds: float, loads: tuple[float, ...]) -
         for load in loads:
             for host, start in HOSTS:
                 for name in ("continuous", "slice"):
-                    jobs.append(Job(work, name, load * work.capacity, seconds, host, start))
+                    span = seconds * work.longer
+                    jobs.append(Job(work, name, load * work.capacity, span, host, start, drain=True))
                     shares.append(load)
     runs = in_parallel(jobs)
     return [{**run, "load": load} for run, load in zip(runs, shares, strict=True)]
@@ -144,16 +145,39 @@ def goals_of(best: dict[str, dict[str, Run]], curves: list[Run], ends: list[Run]
                 | {"mean": short(mean), "points": len(ratios), "hold": sum(r <= bound for r in ratios.values())}
             )
 
-    against("mean latency", "all h > 0", lambda run: run["host_ms"] > 0, 1.0, "latency_mean")
-    slow = "h >= 1 ms, load up to 70 %"
-    against("mean latency", slow, lambda run: run["host_ms"] >= 1 and run["load"] <= 0.7, 0.97, "latency_mean")
-    against("mean TTFT", "30 to 90 % load, all h > 0", lambda run: run["host_ms"] > 0, 1.05, "ttft_mean")
+    def claimed(run: Run) -> bool:
+        """Where the host takes time, and a slice start no more than an iteration of it."""
+        return bool(run["host_ms"] > 0 and run["start_ms"] <= run["host_ms"])
+
+    against("mean latency", "h > 0, o <= h", claimed, 1.0, "latency_mean")
+    slow = "h >= 1 ms, o <= h, load up to 70 %"
+    against(
+        "mean latency",
+        slow,
+        lambda run: claimed(run) and run["host_ms"] >= 1 and run["load"] <= 0.7,
+        0.97,
+        "latency_mean",
+    )
+    against("mean TTFT", "30 to 90 % load, h > 0, o <= h", claimed, 1.05, "ttft_mean")
     of = {(run["workload"], family(run["scheduler"])): run["spread"] for run in ends}
     for work in best:
         if (work, "sls") in of:
             value = of[work, "slice"] / max(of[work, "sls"], 1e-9)
             goals.append(goal(f"{work}: completion-time spread of slice over sls", value, "<=", 0.1))
     return goals
+
+
+CAUSES = {
+    "servegen_mid h20: throughput of slice over continuous": "short runs of long answers: 0.975 over 800 s, not all explained",
+    "azure_code: throughput of slice over continuous@": "a tie: with short answers the cap of rows is none",
+    "TTFT": "at h = 3 ms and 30 % load: a chunk's host time counts in the pace of long prompts, so that their chunks get small",
+    "spread": "sls at 60 % of an iteration level's load is even here, and its deviation a second or a few",
+}
+"""Of goals that did not hold when the committed results were made."""
+
+
+def cause_of(name: str) -> str:
+    return next((cause for of, cause in CAUSES.items() if of in name), "not known")
 
 
 def pair(curves: list[Run], keep: object) -> dict[tuple[str, float, float, float], tuple[Run, Run]]:
@@ -189,17 +213,19 @@ def show(best: dict[str, dict[str, Run]], curves: list[Run]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="one workload, short runs, nothing written")
+    parser.add_argument("--part", type=float, default=1.0, help="of the full length of runs (default 1)")
     parser.add_argument("--json", type=Path, default=RESULTS / "e1.json")
     args = parser.parse_args()
     began = time.monotonic()
     works = list(WORKLOADS[:1] if args.smoke else WORKLOADS)
-    part = 0.1 if args.smoke else 1.0
+    part = 0.1 if args.smoke else args.part
     table = saturate(works, 400 * part)
     best = best_of(table)
     curves = over_load(works, 250 * part, (0.5,) if args.smoke else LOADS)
-    ends = drained(works, best, 300 * part)
+    ends = drained(works, best, 30 if args.smoke else 300)
     headline = frontier(works[0], best[works[0].name]["scls"], 200 * part)
     goals = goals_of(best, curves, ends)
+    goals = [{**one, **({} if one["holds"] else {"cause": cause_of(str(one["goal"]))})} for one in goals]
     reached = [run for run in headline if run["scls_over_it"] >= 4.158]
     show(best, curves)
     print_goals(goals)
@@ -210,7 +236,7 @@ def main() -> None:
     if not args.smoke:
         parts = {"rows": table, "curves": curves, "drained": ends, "frontier": headline}
         rounded = {name: [round_of(run) for run in runs] for name, runs in parts.items()}
-        command = "uv run bench/figures/e1_slices.py"
+        command = f"uv run bench/figures/e1_slices.py --part {args.part:g}"
         write(args.json, report("e1", command, time.monotonic() - began, **rounded, goals=goals))
 
 

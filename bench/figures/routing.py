@@ -226,7 +226,7 @@ def report(name: str, command: str, seconds: float, **more: Any) -> dict[str, An
         "when": time.strftime("%Y-%m-%d"),
         "machine": {"cpu": cpu(), "cores": os.cpu_count(), "gpu": None},
         "seed": 1,
-        "seconds": round(seconds),
+        "seconds": short(seconds),
         **more,
     }
 

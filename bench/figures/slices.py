@@ -36,6 +36,8 @@ class Workload:
     """About what iteration-level engines serve, requests a second: what loads are shares of."""
     rows: tuple[int, ...]
     """Batch sizes of `sls` that are tried."""
+    longer: float = 1.0
+    """Times as long runs as of the others: its answers take minutes."""
 
     @property
     def most(self) -> int:
@@ -53,7 +55,7 @@ WORKLOADS = (
     Workload("azure_conv", "13b-a100", "azure_conv", 4096, 1024, 18.5, (4, 8, 12)),
     Workload("servegen_mid h20", "7b-h20", "servegen_mid", 32768, 4096, 20.5, (8, 16, 32)),
     Workload("servegen_mid h200", "8b-h200", "servegen_mid", 32768, 4096, 58.0, (8, 16, 32)),
-    Workload("servegen_reason", "8b-h200", "servegen_reason", 32768, 8192, 22.0, (8, 16, 32)),
+    Workload("servegen_reason", "8b-h200", "servegen_reason", 32768, 8192, 22.0, (8, 16, 32), 2.0),
     Workload("azure_code", "8b-h200", "azure_code", 32768, 1024, 118.0, (4, 8, 16)),
 )
 """Llama-2 has a context of 4,096, the others of 32,768 or more."""
@@ -78,6 +80,7 @@ def trace(work: Workload, rate: float, seconds: float, seed: int, folder: Path) 
     if path.exists():
         return path
     draw = random.Random(f"{work.name} {seed}")
+    most, drawn = work.most, pool(work.lengths) if work.lengths else []
     at, lines = 0.0, []
     while True:
         at += draw.expovariate(rate)
@@ -87,10 +90,9 @@ def trace(work: Workload, rate: float, seconds: float, seed: int, folder: Path) 
             prompt = min(1024, max(4, round(math.exp(draw.gauss(4.6, 1.3)))))
             output = min(1024, max(2, round(math.exp(draw.gauss(5.2, 1.0)))))
         else:
-            prompt, output = draw.choice(pool(work.lengths))
-        prompt, output = min(prompt, work.most), min(output, work.limit)
-        line = {"arrival_s": round(at, 6), "input_tokens": prompt, "output_tokens": output}
-        lines.append(json.dumps(line))
+            prompt, output = draw.choice(drawn)
+        prompt, output = min(prompt, most), min(output, work.limit)
+        lines.append(f'{{"arrival_s": {at:.6f}, "input_tokens": {prompt}, "output_tokens": {output}}}')
     path.write_text("\n".join(lines) + "\n")
     return path
 

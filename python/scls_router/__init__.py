@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from scls_router.aio import AsyncClient
     from scls_router.client import Client
     from scls_router.errors import SclsError
+    from scls_router.simulation import Simulation, simulate
 
 # Records and errors are shown, documented and pickled by the name under which they are imported.
 for _public in (
@@ -69,6 +70,7 @@ __all__ = [
     "RowTooLong",
     "Scheduler",
     "SclsError",
+    "Simulation",
     "UnknownPolicy",
     "UnknownScheduler",
     "UnknownWorker",
@@ -77,20 +79,23 @@ __all__ = [
     "WorkerLoad",
     "__version__",
     "hash_blocks",
+    "simulate",
 ]
 
-# Loaded when first asked for: gRPC and protobuf take longer than all the rest.
+# Loaded when first asked for: gRPC and protobuf take longer than all the rest, and few simulate.
 _LATER = {
     "AsyncClient": "scls_router.aio",
     "Client": "scls_router.client",
     "RetryPolicy": "scls_router._retry",
     "SclsError": "scls_router.errors",
+    "Simulation": "scls_router.simulation",
+    "simulate": "scls_router.simulation",
 }
 
 
 def __getattr__(name: str) -> object:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
-    if name in ("errors", "results", "scheduling"):
+    if name in ("errors", "results", "scheduling", "simulation"):
         return import_module(f"scls_router.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

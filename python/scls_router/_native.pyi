@@ -350,6 +350,7 @@ class Decision:
         candidates: Sequence[tuple[str, int, int, int]],
         scores: Sequence[int],
         anticipation: tuple[float, float] = ...,
+        filtered: Sequence[str] = ...,
     ) -> Decision:
         """A record put together again, as a pickle does.
 
@@ -382,6 +383,10 @@ class Decision:
         """What ``product_anticipating`` expects: arrivals a second at each worker, and seconds of prefill a token."""
 
     @property
+    def filtered(self) -> list[str]:
+        """Workers that the hotspot guard kept it from, whatever their scores: they hold a prefix that too many prompts begin with."""
+
+    @property
     def worker(self) -> str:
         """Who gets it."""
 
@@ -407,7 +412,7 @@ class Decision:
 
     @property
     def scores(self) -> list[int]:
-        """Of each candidate; the smallest wins."""
+        """Of each candidate; the smallest of those that are not ``filtered`` wins."""
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -459,9 +464,12 @@ class Router:
     One without is added with its capacity in ``blocks``: it is taken to hold what was used there last.
 
     A policy is a name (``product``, ``product_anticipating``, ``round_robin``, ``random``, ``least_requests``) or a
-    callable that takes a `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises comes out of
-    ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
+    callable that takes a `View` and returns one int of at least 0 for each candidate; the smallest wins. What it raises
+    comes out of ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
     that does: the router is locked while it runs.
+
+    Where many of the latest prompts begin with a prefix that few workers hold, and all of them would go there, a guard
+    keeps some of them off until enough workers hold it; ``Decision.filtered`` says so. ``docs/hotspot.md`` has the why.
 
     >>> longest_queue_last = Router(lambda view: [c.queued_tokens for c in view.candidates])
 
@@ -895,3 +903,15 @@ def main(args: list[str], python: str | None = None) -> int:
 
     The same program as the cargo binary, but that workers of ``up`` run in this ``python``.
     """
+
+@final
+class _Runs:
+    @property
+    def json(self) -> str: ...
+    @property
+    def table(self) -> str: ...
+    @property
+    def page(self) -> str: ...
+    def columns(self, run: int) -> dict[str, tuple[str, bytes]]: ...
+
+def _simulate(flags: Sequence[str]) -> _Runs: ...

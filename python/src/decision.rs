@@ -23,7 +23,7 @@ pub(crate) struct Decision {
 #[pymethods]
 impl Decision {
     #[new]
-    #[pyo3(signature = (id, policy, seed, turn, tokens, worker, candidates, scores, anticipation = (0.0, 0.0)))]
+    #[pyo3(signature = (id, policy, seed, turn, tokens, worker, candidates, scores, anticipation = (0.0, 0.0), filtered = Vec::new()))]
     #[allow(clippy::too_many_arguments)] // a record: all of it is given, by name or by a pickle
     fn new(
         id: Option<u64>,
@@ -35,22 +35,24 @@ impl Decision {
         candidates: Vec<(String, u64, u64, u64)>,
         scores: Vec<u128>,
         anticipation: (f64, f64),
+        filtered: Vec<String>,
     ) -> PyResult<Self> {
         let at = candidates.iter().position(|(name, ..)| name == worker);
         let at = at.filter(|_| scores.len() == candidates.len()).ok_or_else(|| {
             PyValueError::new_err("a decision's worker is one of its candidates, and each of those has a score")
         })?;
         let names = candidates.iter().map(|(name, ..)| Arc::from(name.as_str())).collect();
-        let candidates = (0..).zip(candidates).map(|(slot, (_, new, queued, batch_size))| Candidate {
+        let candidates = (0..).zip(candidates).map(|(slot, (name, new, queued, batch_size))| Candidate {
             worker: WorkerId(slot),
             new_tokens: Tokens(new),
             queued: Tokens(queued),
             batch_size,
+            filtered: filtered.contains(&name),
             ..Candidate::default()
         });
         let anticipation = Anticipation::new(anticipation.0, anticipation.1);
-        let seen = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names, anticipation };
-        let choice = Choice { id: id.map(DecisionId), seen, scores, at, guard: None };
+        let view = Seen { tokens: Tokens(tokens), turn, candidates: candidates.collect(), names, anticipation };
+        let choice = Choice { id: id.map(DecisionId), seen: view, scores, at, guard: None };
         Ok(Self { choice, policy: Arc::from(policy), seed })
     }
 
@@ -91,6 +93,13 @@ impl Decision {
         (expected.arrivals_a_second(), expected.seconds_a_token())
     }
 
+    /// Workers that the hotspot guard kept it from, whatever their scores: they hold a prefix that too many prompts begin with.
+    #[getter]
+    fn filtered(&self) -> Vec<&str> {
+        let all = self.choice.seen.candidates.iter().zip(&*self.choice.seen.names);
+        all.filter(|(candidate, _)| candidate.filtered).map(|(_, name)| &**name).collect()
+    }
+
     /// Who gets it.
     #[getter]
     fn worker(&self) -> &str {
@@ -127,7 +136,7 @@ impl Decision {
         self.choice.scores[self.choice.at]
     }
 
-    /// Of each candidate; the smallest wins.
+    /// Of each candidate; the smallest of those that are not ``filtered`` wins.
     #[getter]
     fn scores(&self) -> Vec<u128> {
         self.choice.scores.clone()
@@ -156,8 +165,8 @@ impl Decision {
         let seen = &self.choice.seen;
         let candidates: Vec<_> = seen.candidates.iter().zip(&*seen.names).map(|(c, name)| plain(c, name)).collect();
         let (id, policy, worker, scores) = (self.id(), self.policy(), self.worker(), self.scores());
-        let expected = self.anticipation();
-        let fields = (id, policy, self.seed, seen.turn, seen.tokens.0, worker, candidates, scores, expected);
+        let (expected, filtered) = (self.anticipation(), self.filtered());
+        let fields = (id, policy, self.seed, seen.turn, seen.tokens.0, worker, candidates, scores, expected, filtered);
         Ok((py.get_type::<Self>(), fields.into_pyobject(py)?))
     }
 

@@ -12,6 +12,7 @@ mod ids;
 mod report;
 mod router;
 mod scheduler;
+mod simulate;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -74,6 +75,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<decision::Decision>()?;
     module.add_class::<router::Router>()?;
     module.add_class::<scheduler::Scheduler>()?;
+    module.add_class::<simulate::Runs>()?;
+    module.add_function(wrap_pyfunction!(simulate::_simulate, module)?)?;
     module.add_function(wrap_pyfunction!(hash_blocks, module)?)?;
     module.add_function(wrap_pyfunction!(main, module)?)
 }

@@ -60,6 +60,9 @@ enum Policy {
 /// ``route``, and nothing has changed then. It must not call its own router (RuntimeError), nor wait for a thread
 /// that does: the router is locked while it runs.
 ///
+/// Where many of the latest prompts begin with a prefix that few workers hold, and all of them would go there, a guard keeps
+/// some of them off until enough workers hold it; ``Decision.filtered`` says so. ``docs/hotspot.md`` has the why.
+///
 /// >>> longest_queue_last = Router(lambda view: [c.queued_tokens for c in view.candidates])
 ///
 /// All methods may be called from any thread; the heavy part runs with the interpreter released.
@@ -109,7 +112,7 @@ impl Router {
         };
         let size = crate::block_size(block_size)?;
         let tokenizer = tokenizer.map(|path| py.detach(|| load(&path))).transpose()?;
-        let core = Mutex::new(router_core::Router::new(size));
+        let core = Mutex::new(router_core::Router::new(size).with_guard(true));
         let (deciding, root) = (Mutex::new(None), BlockHash(hash_root));
         let start = Instant::now();
         Ok(Self { core, start, deciding, policy, policy_name, seed, size, root, tokenizer })
@@ -351,7 +354,11 @@ impl Router {
             })?,
         };
         let choices = choices.map_err(|error| error.into_py(py))?;
-        let decision = |choice| Decision { choice, policy: Arc::clone(&self.policy_name), seed: self.seed };
+        let decision = |choice| {
+            // its record is who was filtered
+            let choice = Choice { guard: None, ..choice };
+            Decision { choice, policy: Arc::clone(&self.policy_name), seed: self.seed }
+        };
         Ok(choices.into_iter().map(decision).collect())
     }
 }

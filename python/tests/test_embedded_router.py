@@ -334,6 +334,25 @@ def test_what_is_expected_is_in_the_record() -> None:
         Router("product_anticipatin")
 
 
+def test_a_hot_prefix_comes_to_be_held_by_more() -> None:
+    router = Router(block_size=4)
+    for name in "abcd":
+        router.add_worker(name)
+    hot = list(range(4000))
+    router.report("a", stored=router.hash_blocks(hot))
+    decisions = []
+    for n in range(40):
+        for prompt in ([*hot, 5000 + n], [6000 + n] * 50):
+            decisions.append(router.route(prompt))
+            router.prefilled(decisions[-1])
+    kept = [decision for decision in decisions if decision.filtered]
+    assert kept and kept[0].filtered == ["a"] and kept[0].worker != "a"
+    assert min(kept[0].scores) < kept[0].score, "the holder's would have won"
+    assert all(decision.recompute() == decision.worker for decision in decisions)
+    assert pickle.loads(pickle.dumps(kept)) == kept
+    assert not decisions[-1].filtered and not decisions[-2].filtered, "two of four hold it, and half of all want it"
+
+
 def test_errors_pickle_and_are_what_their_bases_say() -> None:
     for error, base in (
         (UnknownPolicy, ValueError),

@@ -242,3 +242,66 @@ impl Guard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(request: u64, len: u64) -> Vec<BlockHash> {
+        (0..len).map(|at| BlockHash(request << 32 | at)).collect()
+    }
+
+    #[test]
+    fn the_ladder_is_short_and_its_error_a_fifth() {
+        let rungs: Vec<usize> = ladder().take_while(|depth| *depth <= 1250).collect();
+        assert_eq!((rungs.len(), rungs[15], rungs[16]), (35, 16, 20));
+        for pair in rungs.windows(2) {
+            assert!(5 * pair[0] >= 4 * (pair[1] - 1), "what is {} deep seems {} deep", pair[1] - 1, pair[0]);
+        }
+        // to the end of all memory, and no further
+        assert!(ladder().take_while(|depth| *depth < usize::MAX).count() < usize::from(u16::MAX));
+    }
+
+    #[test]
+    fn memory_is_that_of_the_window() {
+        let mut guard = Guard::default();
+        for request in 0..5000 {
+            guard.observe(&chain(request, 300), 4, None);
+        }
+        assert_eq!((guard.requests.len(), guard.names.len(), guard.counts.len()), (64, 64 * 29, 64 * 29));
+        // prompts without a whole block count as requests
+        (0..60).for_each(|_| guard.observe(&[], 4, None));
+        assert_eq!((guard.requests.len(), guard.counts.len()), (64, 4 * 29));
+        // and a window for fewer workers is shorter
+        guard.observe(&chain(1, 3), 1, None);
+        assert_eq!((guard.requests.len(), guard.names.len(), guard.counts.len()), (16, 3, 3));
+        guard.observe(&[], 0, None);
+        assert_eq!(guard.requests.len(), 16, "at least as for one");
+    }
+
+    #[test]
+    fn a_class_that_leaves_the_window_leaves_nothing() {
+        let mut guard = Guard::default();
+        let hot = chain(7, 4);
+        let judge = |guard: &Guard| {
+            let mut candidates = [0, 1].map(|slot| Candidate { worker: crate::WorkerId(slot), ..Candidate::default() });
+            guard.judge(&hot, &[4, 0], &mut candidates, 0)
+        };
+        for _ in 0..16 {
+            let sighting = judge(&guard);
+            guard.observe(&hot, 2, sighting.as_ref());
+        }
+        assert_eq!(guard.hotspots(), Hotspots { alarms: 1, filtered: 10, alarmed: 1, filtering: 1 });
+        assert!(judge(&guard).expect("a class").pressure() > 1.9);
+        for request in 0..29 {
+            guard.observe(&chain(100 + request, 4), 2, None);
+        }
+        assert_eq!(judge(&guard), None, "three of 32 are no class");
+        assert_eq!(guard.hotspots(), Hotspots { alarms: 1, filtered: 10, alarmed: 0, filtering: 0 });
+        // with more workers it takes more requests to be one
+        (0..4).for_each(|_| guard.observe(&hot, 2, None));
+        assert!(judge(&guard).is_some());
+        guard.observe(&hot, 8, None);
+        assert_eq!(judge(&guard), None);
+    }
+}

@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 use crate::config::Setting;
 use crate::mock::MockArgs;
 use crate::pool::PoolConfig;
-use crate::simulate::SimulateArgs;
+use crate::simulate::{DoctorArgs, SimulateArgs};
 
 /// Product routing and slice-level scheduling of LLM inference.
 ///
@@ -57,6 +57,9 @@ pub enum Command {
     /// Run requests through modelled workers in virtual time: plan a fleet, compare policies.
     #[command(args_override_self = true)]
     Simulate(Box<SimulateArgs>),
+    /// Say in which minutes of a trace requests would crowd on few workers that hold their prefix.
+    #[command(args_override_self = true)]
+    Doctor(DoctorArgs),
     /// Be a worker without a model, for tests.
     #[command(args_override_self = true)]
     MockWorker {

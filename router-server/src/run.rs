@@ -74,6 +74,9 @@ pub fn run(parsed: Parsed, python: Option<PathBuf>) -> Result<(), Failure> {
         Command::Simulate(args) => {
             on_runtime(async { print(&until_signal(|stop| simulate::run(&args, &typed, stop))?) })
         }
+        Command::Doctor(args) => {
+            on_runtime(async { print(&until_signal(|stop| simulate::doctor(&args, &typed, stop))?) })
+        }
         Command::MockWorker { mock, log_level } => {
             mock::check(&mock).map_err(Failure::Usage)?;
             start_log(&log_level, false, &warnings)?;

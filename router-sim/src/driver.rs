@@ -238,6 +238,11 @@ impl Simulation {
         self.scheduler.sizes()
     }
 
+    /// What it has come to so far.
+    pub(crate) fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
     /// What the run came to, without a copy.
     pub fn into_outcome(self) -> Outcome {
         self.outcome

@@ -36,10 +36,9 @@ use crate::timing::Pace;
 const WITHIN: f64 = 0.10;
 /// How far the time of a batch may be off, in the median.
 const SLICE_WITHIN: f64 = 0.05;
-/// How exactly a turn finds the end of the one before it.
-const GRAIN: Micros = Micros(200);
-/// Things that may happen in a replay for each of its tokens, and at least: what never ends is found.
-const MOST_HAPPENING: u64 = 1_000;
+const FOREVER: Micros = Micros(u64::MAX / 4);
+/// Things that may happen in a replay for each of its tokens: what never ends is found.
+const MOST_HAPPENING: u64 = 100;
 
 /// A figure of the recorded runs beside the simulator's.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -282,9 +281,7 @@ fn replay(recorded: &RecordedRun, run: &OneRun, setting: &Setting) -> Result<Fig
         seed: 0,
         max_rows: run.requests.len().max(1),
     };
-    let tokens: u64 = run.requests.iter().map(|r| r.prompt() as u64 + u64::from(r.output)).sum();
-    let most = tokens.saturating_add(run.requests.len() as u64).saturating_mul(MOST_HAPPENING);
-    let mut sim = Simulation::new(model.clone(), config, Micros::ZERO).cheap(1).with_most(most);
+    let mut sim = Simulation::new(model.clone(), config, Micros::ZERO).cheap(1);
     for (slot, worker) in run.workers.iter().enumerate() {
         let spec = WorkerSpec {
             name: worker.id.clone(),
@@ -350,30 +347,28 @@ fn serve(mut sim: Simulation, run: &OneRun, around: Micros, vocab: u32) -> Resul
         }
     }
     let row = |place: usize| RowId { request: RequestId(place as u64 + 1), choice: 0 };
-    let mut now = Micros::ZERO;
-    let last = run.requests.iter().map(|r| r.ended_us).max().unwrap_or(0);
-    // a replay that takes ten times as long as what it replays is no replay
-    let limit = start + Micros(last.saturating_mul(10).saturating_add(60_000_000));
-    while now < limit && talks.iter().any(|talk| talk.asked.is_some()) {
-        now += GRAIN;
-        let outcome = sim.run(now);
-        let mut next = Vec::new();
+    let tokens: u64 = run.requests.iter().map(|r| r.prompt() as u64 + u64::from(r.output)).sum();
+    let mut left = tokens.saturating_add(1_000).saturating_mul(MOST_HAPPENING);
+    let mut next = Vec::new();
+    let mut rows = sim.unfinished();
+    while talks.iter().any(|talk| talk.asked.is_some()) && left > 0 && sim.step(FOREVER) {
+        left -= 1;
+        // rows that ended have their place in the outcome
+        if std::mem::replace(&mut rows, sim.unfinished()) <= rows {
+            continue;
+        }
+        let now = sim.now();
         for talk in &mut talks {
             let Some(place) = talk.asked else { continue };
-            let Some((ended, _)) = outcome.rows.get(&row(place)).and_then(|row| row.ends.first()) else {
-                if outcome.rejected.contains_key(&RequestId(place as u64 + 1)) {
-                    return Err(RecordingError::Impossible(format!("requests[{place}]: no worker can hold it")));
-                }
-                continue;
-            };
+            let Some(ended) = sim.outcome().rows.get(&row(place)).and_then(|row| row.ends.first()) else { continue };
             talk.asked = talk.left.pop();
             if let Some(then) = talk.asked {
                 let pause = run.requests[then].arrived_us.saturating_sub(run.requests[place].ended_us);
-                arrived[then] = (*ended + around + Micros(pause)).max(now);
+                arrived[then] = (ended.0 + around + Micros(pause)).max(now);
                 next.push(then);
             }
         }
-        for place in next {
+        for place in next.drain(..) {
             ask(&mut sim, run, place, arrived[place], &prompts[place]);
         }
     }
@@ -382,7 +377,12 @@ fn serve(mut sim: Simulation, run: &OneRun, around: Micros, vocab: u32) -> Resul
     for (place, request) in run.requests.iter().enumerate().filter(|(_, request)| request.counts()) {
         let served = outcome.rows.get(&row(place)).and_then(RowOutcome::served);
         let Some((first, ended)) = served else {
-            return Err(RecordingError::Impossible(format!("requests[{place}]: the simulated fleet never ends it")));
+            let why = if outcome.rejected.contains_key(&RequestId(place as u64 + 1)) {
+                "no worker can hold it"
+            } else {
+                "the simulated fleet never ends it"
+            };
+            return Err(RecordingError::Impossible(format!("requests[{place}]: {why}")));
         };
         times.push([arrived[place].0, (first + around).0, (ended + around).0, request.output.into()]);
     }

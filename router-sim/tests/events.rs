@@ -224,7 +224,7 @@ fn sequence(seed: u64) {
 }
 
 #[test]
-fn property_10_whatever_happens_every_row_is_exact_and_ends_once() {
+fn property_10_and_11_whatever_happens_every_row_is_exact_ends_once_and_nothing_is_left() {
     if let Some(seed) = std::env::var("SCLS_SEED").ok().and_then(|seed| seed.parse().ok()) {
         return sequence(seed);
     }

@@ -457,3 +457,32 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_two_conversations_share_is_public_and_what_one_repeats_is_not() {
+    let line = |at: u32, session: &str, ids: &str| {
+        format!(
+            "{{\"arrival_s\":{at},\"input_tokens\":4,\"output_tokens\":1,\"session\":\"{session}\",\"block_hashes\":[{ids}]}}\n"
+        )
+    };
+    let text = [line(0, "a", "1,2,3,4"), line(1, "b", "1,2,9,4"), line(2, "a", "1,2,3,4")].concat();
+    let trace = read(format!("{{\"block_size\":1}}\n{text}").as_bytes()).expect("a trace").trace;
+    let twice = trace.repeated(2).expect("not too many");
+    let [first, again] = [0, 3].map(|at| twice.chain(&twice.requests[at]));
+    assert_eq!(first, trace.chain(&trace.requests[0]));
+    assert_eq!(first[..2], again[..2]);
+    assert!(first[2..].iter().all(|name| !again.contains(name)));
+    // within a copy, a conversation finds what it had
+    assert_eq!(again, twice.chain(&twice.requests[5]));
+    let sessions: Vec<_> = twice.requests.iter().map(|request| request.session).collect();
+    assert_eq!(sessions, [Some(0), Some(1), Some(0), Some(2), Some(3), Some(2)]);
+}
+
+#[test]
+fn jitter_and_copies_keep_the_rate() {
+    for (name, scale) in [("tau_airline", 9.0), ("mooncake_mixed", 11.0)] {
+        let trace = packed(name);
+        let rate = trace.jittered(2).at_rate(scale, 2).expect("a rate").stats().rate / trace.stats().rate;
+        assert!((rate / scale - 1.0).abs() < 0.03, "{name}: {rate}");
+    }
+}

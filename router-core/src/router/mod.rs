@@ -7,6 +7,9 @@
 //! follow-up hits before the first prefill ends. What it moved is taken back exactly when it ends. Beside that a worker
 //! holds blocks because its engine reports them, or, where an engine reports nothing and its capacity is known,
 //! because they were used there last.
+//!
+//! How often requests come, and which prefixes are popular among them, is counted at decisions and never taken back: it says
+//! what was asked for.
 
 mod lru;
 mod prompt;

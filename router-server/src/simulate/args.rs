@@ -29,13 +29,13 @@ pub struct Asked {
     #[arg(long, help_heading = "Requests", value_name = "FILE[,..]", value_delimiter = ',')]
     pub trace: Vec<String>,
     /// Generated requests, by the name of their lengths, instead of a file.
-    #[arg(long, help_heading = "Requests", value_name = "NAME", requires = "rate", conflicts_with = "trace")]
+    #[arg(long, help_heading = "Requests", value_name = "NAME")]
     pub synthetic: Option<String>,
     /// Generated requests a second.
-    #[arg(long, help_heading = "Requests", value_name = "R", requires = "synthetic")]
+    #[arg(long, help_heading = "Requests", value_name = "R")]
     pub rate: Option<String>,
     /// Seconds of generated requests.
-    #[arg(long, help_heading = "Requests", value_name = "T", default_value = "300", requires = "synthetic")]
+    #[arg(long, help_heading = "Requests", value_name = "T", default_value = "300")]
     pub seconds: String,
     /// Times the trace's own rate: faster up to a point, then superposed copies.
     #[arg(long, help_heading = "Requests", value_name = "X[,..]", value_delimiter = ',', default_value = "1")]
@@ -109,11 +109,23 @@ pub struct Asked {
     pub jobs: Option<String>,
 }
 
+impl Asked {
+    /// Of flags as they are typed, without a program's name.
+    pub fn of<T: Into<String>>(flags: impl IntoIterator<Item = T>) -> Result<Self, String> {
+        let command = Self::augment_args(Command::new("simulate").no_binary_name(true));
+        let matches = command.try_get_matches_from(flags.into_iter().map(Into::into));
+        matches.and_then(|matches| Self::from_arg_matches(&matches)).map_err(|error| {
+            let told = error.to_string();
+            let first = told.lines().next().unwrap_or_default();
+            first.trim_start_matches("error: ").to_owned()
+        })
+    }
+}
+
 impl Default for Asked {
     /// What an empty command line says.
     fn default() -> Self {
-        let matches = Self::augment_args(Command::new("simulate")).get_matches_from(["simulate"]);
-        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+        Self::of::<String>([]).unwrap_or_else(|error| unreachable!("defaults are values: {error}"))
     }
 }
 

@@ -82,21 +82,12 @@ pub fn execute<T: Send>(
     Ok(kept)
 }
 
-fn one<T>(
-    plan: &Plan,
-    at: usize,
-    shared: &Shared,
-    watch: &dyn Watch,
-    stopped: &AtomicBool,
-    keep: &dyn Fn(Done<'_>) -> T,
-) -> Result<Option<T>, String> {
-    let case = &plan.cases[at];
-    let trace = shared.trace(plan, case)?;
-    let began = Instant::now();
+/// What is run, with the trace that [`Source::scaled`](super::inputs::Source::scaled) makes for it.
+pub fn run_of<'a>(plan: &Plan, case: &Case, trace: &'a Trace) -> Run<'a> {
     let last = trace.requests.last().map_or(0, |request| request.at.0);
     let longest = trace.requests.iter().map(|request| request.output).max().unwrap_or(1);
-    let whole = Run {
-        trace: &trace,
+    Run {
+        trace,
         fleet: Fleet {
             workers: case.workers,
             device: case.device.clone(),
@@ -112,7 +103,21 @@ fn one<T>(
         seed: case.seed,
         until: plan.until,
         sample_every: Micros((last.min(plan.until.0) / SAMPLES).max(10_000)),
-    };
+    }
+}
+
+fn one<T>(
+    plan: &Plan,
+    at: usize,
+    shared: &Shared,
+    watch: &dyn Watch,
+    stopped: &AtomicBool,
+    keep: &dyn Fn(Done<'_>) -> T,
+) -> Result<Option<T>, String> {
+    let case = &plan.cases[at];
+    let trace = shared.trace(plan, case)?;
+    let began = Instant::now();
+    let whole = run_of(plan, case, &trace);
     let mut go_on = |share: f64| {
         let go_on = !stopped.load(Ordering::Relaxed) && watch.share(at, share);
         if !go_on {

@@ -149,7 +149,8 @@ fn batches(at: usize, label: &str, curves: &Curves) -> Figure {
 }
 
 fn lanes(at: usize, label: &str, curves: &Curves) -> Figure {
-    let most = curves.lanes.iter().map(|lane| lane.rows).max().unwrap_or(1).max(1);
+    let shown = told_apart(&curves.lanes);
+    let most = shown.iter().map(|lane| lane.rows).max().unwrap_or(1).max(1);
     let span = |lane: &router_sim::Lane| Span {
         lane: lane.worker,
         over: (lane.span.0.0 as f64 * 1e-6, lane.span.1.0 as f64 * 1e-6),
@@ -161,6 +162,20 @@ fn lanes(at: usize, label: &str, curves: &Curves) -> Figure {
         title: with_label("Slices as they ran; darker: more rows; dark edge: cut", label),
         x: Axis::new("seconds"),
         y: Axis::new("worker"),
-        content: Content::Lanes(curves.lanes.iter().map(span).collect()),
+        content: Content::Lanes(shown.iter().map(span).collect()),
     }
+}
+
+/// As long a part of the run's middle as has about so many spans in its busiest lane.
+fn told_apart(lanes: &[router_sim::Lane]) -> Vec<router_sim::Lane> {
+    const SPANS: usize = 60;
+    let workers = lanes.iter().map(|lane| lane.worker + 1).max().unwrap_or(0);
+    let of = |worker: u32| lanes.iter().filter(move |lane| lane.worker == worker);
+    let busiest = (0..workers).max_by_key(|worker| of(*worker).count()).unwrap_or(0);
+    let number = of(busiest).count();
+    let mut middle = of(busiest).skip(number.saturating_sub(SPANS) / 2).take(SPANS);
+    let Some(from) = middle.next().map(|lane| lane.span.0) else { return Vec::new() };
+    let to = middle.last().map_or(from, |lane| lane.span.1);
+    let within = |lane: &&router_sim::Lane| number <= SPANS || (lane.span.1 >= from && lane.span.0 <= to);
+    lanes.iter().filter(within).copied().collect()
 }

@@ -49,6 +49,9 @@ impl Source {
 /// What is asked for, read and cut to its window.
 pub fn sources(asked: &Asked) -> Result<Vec<Source>, String> {
     let window = asked.window.as_deref().map(|text| pair("window", text)).transpose()?;
+    if asked.synthetic.is_some() && !asked.trace.is_empty() {
+        return Err("a file or generated requests: --trace and --synthetic do not go together".into());
+    }
     let names = match &asked.synthetic {
         Some(name) => vec![if name.starts_with(GENERATED) { name.clone() } else { format!("{GENERATED}{name}") }],
         None => asked.trace.clone(),

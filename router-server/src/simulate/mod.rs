@@ -1,8 +1,10 @@
-//! `scls-router simulate`: the grid of a command line over threads, and what comes of it. Time in a run is virtual; files,
-//! threads, progress and pictures are here, all else is `router-sim`.
+//! `scls-router simulate` and `doctor`: the grid of a command line over threads, and what comes of it. Time in a run is
+//! virtual; files, threads, progress and pictures are here, all else is `router-sim`.
 
 mod args;
+mod columns;
 mod curves;
+mod doctor;
 mod execute;
 mod figure;
 mod figures;
@@ -13,19 +15,21 @@ mod plan;
 mod plot;
 mod progress;
 mod report;
-mod validate;
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use router_sim::{RecordedRun, validate};
 use serde_json::{Map, Value};
 
 pub use args::{Asked, DoctorArgs, SimulateArgs};
+pub use columns::{Column, columns};
+pub use curves::Curves;
+pub use doctor::run as doctor;
 pub use execute::{Done, Watch, execute};
-pub use plan::Plan;
+pub use plan::{Case, Plan};
 
 use crate::run::Failure;
-use curves::Curves;
 use figure::Figure;
 use progress::Progress;
 
@@ -33,7 +37,7 @@ use progress::Progress;
 /// the report.
 pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<String, Failure> {
     if let Some(file) = &args.validate {
-        return validate::run(file, args.json);
+        return replay(file, args.json);
     }
     let plan = Plan::new(&args.asked).map_err(Failure::Usage)?;
     if let Some(out) = &args.out {
@@ -47,8 +51,7 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
     let report = report::report(command, &rows);
     if let Some(out) = &args.out {
         write(&out.join("report.json"), format!("{report:#}\n").as_bytes())?;
-        let figures = figures::figures(&rows, &curves);
-        draw(out, "scls-router simulate", command, &report::table(&rows), &figures)?;
+        draw(out, TITLE, command, &report::table(&rows), &figures::figures(&rows, &curves))?;
     }
     let said = if args.json { format!("{report:#}\n") } else { report::table(&rows) };
     if rows.len() < plan.cases.len() {
@@ -56,6 +59,46 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
         return Err(Failure::Early(said, format!("ended by a signal: {done} of {all} runs are done")));
     }
     Ok(said)
+}
+
+const TITLE: &str = "scls-router simulate";
+
+/// The table and the page of these runs, and the lines of their report as JSON: for those who run a plan themselves.
+pub struct Told {
+    /// For people.
+    pub table: String,
+    /// With all pictures.
+    pub page: String,
+    /// An array of objects.
+    pub json: String,
+}
+
+impl Told {
+    /// Of runs in the order of their plan.
+    pub fn of(command: &str, rows: &[Map<String, Value>], curves: &[Curves]) -> Result<Self, String> {
+        let table = report::table(rows);
+        let page = html::page(TITLE, command, &table, &figures::figures(rows, curves))?;
+        let json = Value::Array(rows.iter().cloned().map(Value::Object).collect()).to_string();
+        Ok(Self { table, page, json })
+    }
+}
+
+/// How far the model is off a recorded run.
+fn replay(file: &Path, json: bool) -> Result<String, Failure> {
+    let usage = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
+    let bytes = std::fs::read(file).map_err(|error| usage(format!("cannot be read: {error}")))?;
+    let recorded = RecordedRun::parse(&bytes).map_err(|error| usage(inputs::line(error)))?;
+    let fidelity = validate(&recorded).map_err(|error| usage(inputs::line(error)))?;
+    let said = if json {
+        serde_json::to_string_pretty(&fidelity).map_err(|error| Failure::Run(error.to_string()))?
+    } else {
+        fidelity.to_string()
+    };
+    let said = format!("{said}\n");
+    if fidelity.holds() {
+        return Ok(said);
+    }
+    Err(Failure::Early(said, "the model is further off than its bounds".into()))
 }
 
 /// One page, and a file for each picture.
