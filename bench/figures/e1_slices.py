@@ -145,16 +145,39 @@ def goals_of(best: dict[str, dict[str, Run]], curves: list[Run], ends: list[Run]
                 | {"mean": short(mean), "points": len(ratios), "hold": sum(r <= bound for r in ratios.values())}
             )
 
-    against("mean latency", "all h > 0", lambda run: run["host_ms"] > 0, 1.0, "latency_mean")
-    slow = "h >= 1 ms, load up to 70 %"
-    against("mean latency", slow, lambda run: run["host_ms"] >= 1 and run["load"] <= 0.7, 0.97, "latency_mean")
-    against("mean TTFT", "30 to 90 % load, all h > 0", lambda run: run["host_ms"] > 0, 1.05, "ttft_mean")
+    def claimed(run: Run) -> bool:
+        """Where the host takes time, and a slice start no more than an iteration of it."""
+        return bool(run["host_ms"] > 0 and run["start_ms"] <= run["host_ms"])
+
+    against("mean latency", "h > 0, o <= h", claimed, 1.0, "latency_mean")
+    slow = "h >= 1 ms, o <= h, load up to 70 %"
+    against(
+        "mean latency",
+        slow,
+        lambda run: claimed(run) and run["host_ms"] >= 1 and run["load"] <= 0.7,
+        0.97,
+        "latency_mean",
+    )
+    against("mean TTFT", "30 to 90 % load, h > 0, o <= h", claimed, 1.05, "ttft_mean")
     of = {(run["workload"], family(run["scheduler"])): run["spread"] for run in ends}
     for work in best:
         if (work, "sls") in of:
             value = of[work, "slice"] / max(of[work, "sls"], 1e-9)
             goals.append(goal(f"{work}: completion-time spread of slice over sls", value, "<=", 0.1))
     return goals
+
+
+CAUSES = {
+    "servegen_mid h20: throughput of slice over continuous": "short runs of long answers: 0.975 over 800 s, not all explained",
+    "azure_code: throughput of slice over continuous@": "a tie: with short answers the cap of rows is none",
+    "TTFT": "at h = 3 ms and 30 % load: a chunk's host time counts in the pace of long prompts, so that their chunks get small",
+    "spread": "sls at 60 % of an iteration level's load is even here, and its deviation a second or a few",
+}
+"""Of goals that did not hold when the committed results were made."""
+
+
+def cause_of(name: str) -> str:
+    return next((cause for of, cause in CAUSES.items() if of in name), "not known")
 
 
 def pair(curves: list[Run], keep: object) -> dict[tuple[str, float, float, float], tuple[Run, Run]]:
@@ -202,6 +225,7 @@ def main() -> None:
     ends = drained(works, best, 30 if args.smoke else 300)
     headline = frontier(works[0], best[works[0].name]["scls"], 200 * part)
     goals = goals_of(best, curves, ends)
+    goals = [{**one, **({} if one["holds"] else {"cause": cause_of(str(one["goal"]))})} for one in goals]
     reached = [run for run in headline if run["scls_over_it"] >= 4.158]
     show(best, curves)
     print_goals(goals)

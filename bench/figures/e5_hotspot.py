@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,19 @@ def main() -> None:
     build = ["cargo", "build", "--release", "--quiet", "-p", "router-sim", "--example", "hotspot"]
     if "SCLS_HOTSPOT_RELEASE" not in os.environ:
         subprocess.run(build, cwd=ROOT, check=True)
-    bursts: list[Row] = []
-    quiet: list[Row] = []
-    for trace, load in BACKGROUNDS[:1] if args.smoke else BACKGROUNDS:
-        for share, shared in BURSTS[:1] if args.smoke else BURSTS:
-            seeds = 1 if args.smoke else args.seeds if (share, shared) == BURSTS[0] else 2
-            bursts += runs(trace, load, share, shared, seeds)
-    for trace, load in QUIET[:1] if args.smoke else QUIET:
-        quiet += runs(trace, load, 0.0, 0, 1 if args.smoke else min(args.seeds, 3))
+    count = 1 if args.smoke else args.seeds
+    cases = [
+        (trace, load, *burst, count if burst == BURSTS[0] else 1) for trace, load in BACKGROUNDS for burst in BURSTS
+    ]
+    calm = [(trace, load, 0.0, 0, count) for trace, load in QUIET]
+    if args.smoke:
+        cases, calm = cases[:1], calm[:1]
+    most_of = {trace: most(trace) for trace, *_ in cases + calm}
+    print(" ".join(f"{trace} at most {rate:.3g}" for trace, rate in most_of.items()), flush=True)
+    with ThreadPoolExecutor(max(os.cpu_count() or 1, int(os.environ.get("SCLS_JOBS", 0)))) as pool:
+        found = list(pool.map(lambda case: runs(*case), cases + calm))
+    bursts = [row for part in found[: len(cases)] for row in part]
+    quiet = [row for part in found[len(cases) :] for row in part]
     rows = table(bursts)
     for row in rows:
         if row["x"] == 0.5:
@@ -123,11 +129,11 @@ def main() -> None:
         return
     goals = judge(bursts, quiet)
     print_goals(goals)
-    calm = [row for row in table(quiet) if row["guard"]]
+    still = [row for row in table(quiet) if row["guard"]]
     keep = ("background", "load", "policy", "seeds", "all_mean", "all_p99", "alarms", "filtered")
-    calm = [{key: row[key] for key in keep} for row in calm]
+    still = [{key: row[key] for key in keep} for row in still]
     command = "python bench/figures/e5_hotspot.py"
-    content = report("e5_hotspot", command, time.monotonic() - began, rows=rows, quiet=calm, goals=goals)
+    content = report("e5_hotspot", command, time.monotonic() - began, rows=rows, quiet=still, goals=goals)
     write(args.json or RESULTS / "e5.json", content)
 
 

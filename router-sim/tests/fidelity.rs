@@ -66,7 +66,7 @@ fn mistakes_in_a_recording_name_their_place() {
         ("\"first_us\":", "\"first_us\":999999", "runs[0].requests[0]: arrived, first token and end"),
         ("\"batches\":[{\"worker\":", "\"batches\":[{\"worker\":7", "runs[0].batches[0].worker: there are 4"),
         ("\"runs\":", "\"walks\":", ".: missing field `runs`"),
-        ("{\"format\"", "{{\"format\"", ".: key must be a string"),
+        ("{\"format\"", "{{\"format\"", "?: key must be a string"),
     ];
     for (old, new, says) in cases {
         assert!(good.contains(old), "{old} in a fixture");

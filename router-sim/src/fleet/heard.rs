@@ -32,12 +32,13 @@ impl Heard {
         }
     }
 
-    /// As rivals see it; `at` is the time that feedback of now is from.
-    pub(super) fn engine(&self, at: Micros, blocks: Blocks) -> rival::Engine {
+    /// As rivals see it; `at` is the time that feedback of now is from. If `blind`, without what was sent since.
+    pub(super) fn engine(&self, at: Micros, blocks: Blocks, blind: bool) -> rival::Engine {
+        let (rows, tokens) = if blind { (0, 0) } else { (self.since.len() as u64, self.tokens) };
         rival::Engine {
             running: self.standing.running,
-            waiting: self.standing.waiting + self.since.len() as u64,
-            tokens: Tokens(self.standing.tokens_at(at) + self.tokens),
+            waiting: self.standing.waiting + rows,
+            tokens: Tokens(self.standing.tokens_at(at) + tokens),
             used: Blocks(self.standing.used),
             cached: Blocks(self.standing.cached),
             blocks,

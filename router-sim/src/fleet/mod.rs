@@ -349,7 +349,8 @@ impl<'a, 'b> Drive<'a, 'b> {
         self.views.clear();
         let workers = &self.workers;
         if self.policy.asks_engines() {
-            let views = self.slots.iter().map(|(_, at)| workers[*at as usize].heard.engine(heard_at, blocks));
+            let views =
+                self.slots.iter().map(|(_, at)| workers[*at as usize].heard.engine(heard_at, blocks, self.blind));
             self.views.extend(views);
         }
         let about = About { now, what, engines: &self.views, chain, size };
