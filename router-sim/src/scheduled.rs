@@ -23,6 +23,8 @@ const BLOCK: u32 = 16;
 const ZETA: f64 = 0.9;
 /// A message's way, besides the fleet's delay.
 const LINK: Micros = Micros(200);
+/// Samples after which the time between them doubles.
+const MANY_SAMPLES: usize = 1 << 13;
 /// Things that happen between two looks at the progress.
 const LOOK: u32 = 1 << 14;
 
@@ -141,7 +143,8 @@ impl<'a> Arrivals<'a> {
                 break;
             } else if sampling == Some(stop) {
                 samples.push(self.sample(stop, &sim));
-                look += every;
+                // a run that takes far longer than its trace is looked at less and less often
+                look += Micros(every.0.saturating_mul(1 << (samples.len() / MANY_SAMPLES).min(32)));
             } else {
                 let place = self.cursor;
                 self.cursor += 1;

@@ -10,6 +10,9 @@ use super::args::Asked;
 use super::inputs::{self, Source};
 use super::names::{self, Scheduler};
 
+/// Sixteen times the largest fleet that is measured: memory grows with it, whatever the trace.
+const MOST_WORKERS: u32 = 1 << 16;
+
 /// Most runs of a grid: more is a slip of the keys.
 const MOST: usize = 100_000;
 
@@ -59,7 +62,10 @@ impl Plan {
     /// Checks what is asked for, reads the files it names and makes the grid.
     pub fn new(asked: &Asked) -> Result<Self, String> {
         let schedulers = each("scheduler", &asked.scheduler, |text| Ok((text.to_owned(), Scheduler::parse(text)?)))?;
-        let workers = each("workers", &asked.workers, |text| whole("workers", text))?;
+        let workers = each("workers", &asked.workers, |text| match whole("workers", text) {
+            Ok(many) if many > MOST_WORKERS => Err(format!("workers are at most {MOST_WORKERS}: {text}")),
+            read => read,
+        })?;
         let scales = each("rate-scale", &asked.rate_scale, |text| above_zero("rate-scale", text))?;
         let delays = each("delay-ms", &asked.delay_ms, |text| millis("delay-ms", text))?;
         let [hosts, starts] = [("host-ms", &asked.host_ms), ("start-ms", &asked.start_ms)].map(|(name, texts)| {

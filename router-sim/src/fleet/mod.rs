@@ -26,6 +26,9 @@ use crate::served::{GuardCounts, Lane, Record, Sample, Served};
 use crate::timing::Noise;
 use crate::trace::TraceRequest;
 
+/// Samples after which the time between them doubles.
+const MANY_SAMPLES: usize = 1 << 13;
+
 /// Workers whose lanes are kept.
 const LANES: u32 = 16;
 
@@ -407,7 +410,12 @@ impl<'a, 'b> Drive<'a, 'b> {
         self.record.samples.push(sample);
         // without workers nothing happens any more, unless one joins
         if !self.slots.is_empty() || self.run.fleet.joined.iter().any(|at| *at > self.now) {
-            self.calendar.push(self.now + self.run.sample_every, Due::Sample);
+            // a run that takes far longer than its trace is looked at less and less often, and at the end of time no more
+            let wait = self.run.sample_every.0.saturating_mul(1 << (self.record.samples.len() / MANY_SAMPLES).min(32));
+            let next = self.now + Micros(wait);
+            if next > self.now {
+                self.calendar.push(next, Due::Sample);
+            }
         }
     }
 
