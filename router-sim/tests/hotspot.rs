@@ -1,7 +1,9 @@
 //! A hotspot burst in front of modelled engines: the guard trips, the class spreads, the alarm clears.
 
 use router_core::{Choice, Commit, Micros, Tokens};
-use router_sim::{Burst, Device, Fleet, Noise, Random, Record, Run, Sessions, System, Trace, TraceRequest, follow};
+use router_sim::{
+    Burst, Device, Fleet, GuardCounts, Noise, Random, Record, Run, Sessions, System, Trace, TraceRequest, follow,
+};
 
 /// Requests that share nothing, at 60 a second for 40 s.
 fn background(seed: u64) -> Trace {
@@ -57,7 +59,7 @@ fn p99(record: &Record, trace: &Trace, class: u16) -> f64 {
 #[test]
 fn property_5_a_burst_trips_the_guard_and_the_alarm_clears() {
     let quiet = background(1);
-    assert_eq!(run(&quiet, true).0.guard, Default::default(), "who shares nothing is no class");
+    assert_eq!(run(&quiet, true).0.guard, GuardCounts::default(), "who shares nothing is no class");
     let (shared, own, output) = (Tokens(8192), Tokens(32), Tokens(100));
     // as many again, and one prefix: half of all
     let burst = Burst { from: 10.0, seconds: 25.0, rate: 60.0, shared, own, output };
