@@ -15,7 +15,7 @@ use super::execute::run_of;
 use super::figure::{Axis, Content, Figure, Line};
 use super::inputs::line;
 use super::plan::Plan;
-use super::{Failure, draw, report, writable, write};
+use super::{Failure, put, report, writable};
 
 const MINUTE: Micros = Micros(60_000_000);
 
@@ -100,11 +100,12 @@ pub fn run(args: &DoctorArgs, command: &str, stop: &AtomicBool) -> Result<String
     let lines: Vec<Value> = minutes.iter().enumerate().map(|(at, minute)| minute.json(at)).collect();
     let report = json!({ "command": command, "trace": source.name, "verdict": verdict, "minutes": lines });
     let table = table(&minutes);
+    let told = format!("{table}{verdict}\n");
+    let said = if args.json { format!("{report:#}\n") } else { told.clone() };
     if let Some(out) = &args.out {
-        write(&out.join("report.json"), format!("{report:#}\n").as_bytes())?;
-        draw(out, "scls-router doctor", command, &format!("{table}{verdict}\n"), &[figure(&source.name, &minutes)])?;
+        let written = put(out, command, &report, &told, &[figure(&source.name, &minutes)]);
+        written.map_err(|error| Failure::Early(said.clone(), error))?;
     }
-    let said = if args.json { format!("{report:#}\n") } else { format!("{table}{verdict}\n") };
     if stop.load(Ordering::Relaxed) {
         return Err(Failure::Early(said, "ended by a signal: what stands above is of the part that ran".into()));
     }

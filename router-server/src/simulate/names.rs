@@ -79,6 +79,11 @@ impl Scheduler {
         }
     }
 
+    /// Most rows of an engine, where that is said.
+    pub fn rows(&self) -> Option<u32> {
+        if let Self::Continuous(rows) = self { *rows } else { None }
+    }
+
     /// Whether rows are placed by a policy.
     pub fn places(&self) -> bool {
         !matches!(self, Self::Scheduled(Mode::Pooled(_), _))

@@ -3,8 +3,9 @@ use router_core::{CostModel, Guarding, Layout, PolicyName, least};
 
 use super::*;
 use crate::device::Device;
+use crate::random::mix;
 use crate::run::{Fleet, Sessions};
-use crate::timing::Law;
+use crate::timing::{Law, Noise};
 use crate::trace::Trace;
 
 const SECOND: Micros = Micros(1_000_000);
