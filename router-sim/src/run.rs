@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn both_systems_have_the_same_workers_and_count_the_host() {
         let continuous =
-            || System::Continuous { policy: "least_requests".into(), commit: Commit::Prefixes, guard: false };
+            || System::Continuous { policy: "least_requests".into(), commit: Commit::Prefixes, guard: Guarding::Off };
         let slice = || System::Scheduled { mode: Mode::Slice, policy: PolicyName::LeastRequests, slice_len: Some(16) };
         for system in [continuous, slice] as [fn() -> System; 2] {
             let took = |bias| {

@@ -293,7 +293,8 @@ impl Router {
         Ok(choice)
     }
 
-    /// One after another, each decision counted before the next is made. If one fails, none was made.
+    /// One after another, each decision counted before the next is made. If one fails, none was made; that the prompts before it
+    /// were asked for stays known.
     pub fn route_many<E: From<RouterError>>(
         &mut self,
         prompts: Vec<Prompt>,
