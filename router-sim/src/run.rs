@@ -1,7 +1,7 @@
 //! One simulated run: a trace, a fleet, a way to schedule. All that `scls-router simulate`, the Python module and the figures
 //! do is made of these.
 
-use router_core::{BlockSize, Commit, Micros, Mode, PolicyName};
+use router_core::{BlockSize, Commit, Guarding, Micros, Mode, PolicyName};
 
 use crate::device::Device;
 use crate::random::{Random, mix};
@@ -29,7 +29,7 @@ pub enum System {
         /// What a decision moves.
         commit: Commit,
         /// The core's hotspot guard.
-        guard: bool,
+        guard: Guarding,
     },
     /// The same engines and router, but decisions move nothing: Q and b are what engines said last. It shows what committing
     /// them is for.

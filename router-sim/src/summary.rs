@@ -289,7 +289,7 @@ pub fn thinned(samples: &[Sample], points: usize) -> impl Iterator<Item = &Sampl
 
 #[cfg(test)]
 mod tests {
-    use router_core::{Commit, Tokens};
+    use router_core::{Commit, Guarding, Tokens};
 
     use super::*;
     use crate::run::{Fleet, Sessions};
@@ -319,7 +319,7 @@ mod tests {
             lost: vec![],
             joined: vec![],
         };
-        let system = System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: false };
+        let system = System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: Guarding::Off };
         let until = Micros(u64::MAX);
         let sessions = Sessions::Closed;
         Run { trace, fleet, system, sessions, limit: 10, seed: 1, until, sample_every: Micros(1_000_000) }

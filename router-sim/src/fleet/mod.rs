@@ -11,7 +11,7 @@ mod turns;
 use std::collections::VecDeque;
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Choice, Commit, DecisionId, Micros, Prompt, Router, RouterError, Seen,
+    BlockHash, BlockSize, Blocks, Choice, Commit, DecisionId, Guarding, Micros, Prompt, Router, RouterError, Seen,
 };
 use router_core::{Tokens, WorkerId};
 
@@ -112,7 +112,7 @@ impl<'a, 'b> Drive<'a, 'b> {
         let size = run.block_size();
         let (policy, commit, guard, blind) = match &run.system {
             System::Continuous { policy, commit, guard } => (policy, *commit, *guard, false),
-            System::Uncommitted { policy } => (policy, Commit::Load, false, true),
+            System::Uncommitted { policy } => (policy, Commit::Load, Guarding::Off, true),
             System::Scheduled { .. } => return Err(RunError::NotRouted),
         };
         let policy = rival::make(policy, &run.fleet.device, run.fleet.workers, run.seed)?;
