@@ -129,7 +129,8 @@ impl Summary {
         let dist = |of: &dyn Fn(&Served) -> Option<f64>| Dist::of(measured.iter().filter_map(|one| of(one)).collect());
         let finished = measured.iter().filter(|one| one.ended > Micros::ZERO).count() as u64;
         let ends = || record.served.iter().filter(|one| one.ended > Micros::ZERO && window.holds(one.ended));
-        let per_second = |count: f64| if window.seconds() > 0.0 { count / window.seconds() } else { 0.0 };
+        // a sum of nothing is -0
+        let per_second = |count: f64| if window.seconds() > 0.0 { count / window.seconds() + 0.0 } else { 0.0 };
         let begun = || measured.iter().filter(|one| one.first > Micros::ZERO);
         let prompts: u64 = begun().map(|one| u64::from(input(run, one))).sum();
         let hits: u64 = begun().map(|one| u64::from(one.hit)).sum();
@@ -414,6 +415,7 @@ mod tests {
         let summary = Summary::of(&run(&nothing), &Record::default(), 0.2, None);
         near(summary.throughput, 0.0);
         near(summary.spread, 0.0);
+        assert!(!format!("{:?}", summary.figures()).contains("-0"), "{:?}", summary.figures());
     }
 
     #[test]
