@@ -330,7 +330,9 @@ mod tests {
         for _ in 0..16 {
             let seen = [&watch, &filter].map(|guard| judge(guard, &hot));
             assert_eq!(seen[0], seen[1].map(|sighting| Sighting { filtered: false, ..sighting }));
-            [&mut watch, &mut filter].map(|guard| decide(guard, &hot));
+            for guard in [&mut watch, &mut filter] {
+                decide(guard, &hot);
+            }
         }
         assert_eq!(watch.hotspots(), Hotspots { alarms: 1, filtered: 0, alarmed: 1, filtering: 0 });
         assert_eq!(filter.hotspots(), Hotspots { alarms: 1, filtered: 10, alarmed: 1, filtering: 1 });
