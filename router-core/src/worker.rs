@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::block::BlockHash;
-use crate::constants::{PACE, SOME_CHUNKS};
 use crate::cost::{Band, BatchLoad, Estimator, Forecast, Layout};
 use crate::cut::Joins;
 use crate::event::Refusal;
@@ -195,19 +194,21 @@ impl Worker {
     }
 
     /// Most prefill tokens an iteration takes of a row beside so many that decode and see so many tokens. A prompt that one
-    /// chunk computes goes in one piece. One of some chunks takes as long as some of the steps it rides in ([`PACE`]); one of
-    /// many as long as one, so that the others' time between tokens, for as long as it then is, at most doubles. Zero stands
-    /// for no limit but the chunk.
+    /// chunk computes goes in one piece. A longer one adds to an iteration no more than a step takes: the time between the
+    /// others' tokens at most doubles, and so does its own to its first. With a part x of a step they are 1 + x and 1 + 1/x
+    /// times as long, and their product is least at one. What an iteration with a chunk costs whatever is in it counts for
+    /// neither. Zero stands for no limit but the chunk.
     pub(crate) fn pace(&self, rows: u64, context: Tokens, tokens: Tokens, prefill: Tokens) -> Tokens {
         let chunk = self.spec.chunk;
         if prefill <= chunk || chunk == Tokens::ZERO {
             return Tokens::ZERO;
         }
         let size = self.spec.model.block_size.get();
+        let model = self.estimator.model();
+        let least = model.prefill(Tokens(1), Tokens::ZERO);
         // the last chunk attends most
-        let of = |count: u64| self.estimator.time(self.estimator.model().prefill(Tokens(count), tokens));
+        let of = |count: u64| self.estimator.time(model.prefill(Tokens(count), tokens) - least);
         let step = self.step(rows.max(1), context);
-        let step = if prefill.0.div_ceil(chunk.0) <= SOME_CHUNKS { Micros(step.0.saturating_mul(PACE)) } else { step };
         let (mut few, mut many) = (1, chunk.0.div_ceil(size).max(1));
         while few < many {
             let middle = (few + many).div_ceil(2);
