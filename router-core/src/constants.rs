@@ -65,3 +65,7 @@ pub(crate) const MOST_BALANCED: usize = 8;
 /// Workers that a round looks at for each slice that ended: with more, rounds are rarer, so that the look at all workers costs
 /// a report no more than it does here (62 us at 1,000 workers with rows waiting on each, without it).
 pub(crate) const BALANCED_WORKERS: usize = 64;
+
+/// Chunks of a prompt that goes at the pace which is best for it and the rows beside it together. One of more slows them for so
+/// long that a percentile of their time between tokens would be that of its iterations: it goes at the pace of one step.
+pub(crate) const SOME_CHUNKS: u64 = 16;
