@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from os import PathLike, fspath
+from numbers import Real
+from os import PathLike, fsdecode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, final
 
@@ -164,19 +165,20 @@ def simulate(
         host_ms: host time of an iteration that the device waits for; None: the device's own.
         start_ms: what a slice start exposes; None: the device's own.
         noise: sigma of the log-normal factor on the time of slices.
-        bias: sigma of the log-normal factor by which each worker is always slower or faster.
+        bias: sigma of the log-normal factor by which each worker is always slower or faster; each draws its own, by the seed.
         slo: most seconds to the first token and a token after it; ``goodput`` counts the requests within both.
         jobs: runs at once; None: the cores of this machine.
 
     Raises:
         ValueError: a file, a name or a number is no good; the message says what to do.
+        TypeError: an argument is none of what it may be.
         KeyboardInterrupt: Ctrl-C.
     """
     flags: list[str] = []
 
     def add(name: str, value: object) -> None:
         if value is not None:
-            flags.append(f"--{name.replace('_', '-')}={_text(value)}")
+            flags.append(f"--{name.replace('_', '-')}={_text(name, value)}")
 
     add("trace", trace)
     add("synthetic", synthetic)
@@ -191,7 +193,7 @@ def simulate(
     add("rate_scale", rate_scale)
     add("seeds", seeds)
     add("sessions", sessions)
-    add("window", None if window is None else f"{window[0]}:{window[1]}")
+    add("window", _pair("window", window))
     add("limit", limit)
     add("until", until)
     add("delay_ms", delay_ms)
@@ -199,17 +201,29 @@ def simulate(
     add("start_ms", start_ms)
     add("noise", noise)
     add("bias", bias)
-    add("slo", None if slo is None else f"{slo[0]}:{slo[1]}")
+    add("slo", _pair("slo", slo))
     add("jobs", jobs)
     return Simulation(_native._simulate(flags))
 
 
-def _text(value: object) -> str:
+def _text(name: str, value: object) -> str:
     """As it is typed."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, str | PathLike):
-        return str(fspath(value))
-    if isinstance(value, Sequence):
-        return ",".join(_text(one) for one in value)
-    return str(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, PathLike):
+        return fsdecode(value)
+    if isinstance(value, Real):
+        return str(value)
+    if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray | Mapping):
+        return ",".join(_text(name, one) for one in value)
+    raise TypeError(f"{name} cannot be of type {type(value).__name__}")
+
+
+def _pair(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) == 2:
+        return ":".join(_text(name, one) for one in value)
+    raise TypeError(f"{name} is a pair of numbers: {value!r}")

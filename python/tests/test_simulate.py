@@ -108,6 +108,55 @@ def test_what_is_wrong_is_a_value_error_of_one_line(arguments: dict[str, object]
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"trace": object()}, "trace cannot be of type object"),
+        ({"trace": b"trace.jsonl"}, "trace cannot be of type bytes"),
+        ({"workers": {"a": 1}}, "workers cannot be of type dict"),
+        ({"workers": 2j}, "workers cannot be of type complex"),
+        ({"window": 5}, "window is a pair of numbers: 5"),
+        ({"window": "0:5"}, "window is a pair of numbers"),
+        ({"slo": (1, 2, 3)}, "slo is a pair of numbers"),
+    ],
+)
+def test_a_wrong_type_is_a_type_error(arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        simulate(**{"synthetic": "sharegpt-like", "rate": 1, **arguments})  # type: ignore[arg-type]
+
+
+def test_several_values_may_come_in_anything_that_has_an_order() -> None:
+    short = {"synthetic": "sharegpt-like", "rate": 2, "seconds": 10}
+    runs = simulate(**short, workers=range(1, 3), policy=(name for name in ("product", "jsq")))  # type: ignore[arg-type]
+    assert [(run["workers"], run["policy"]) for run in runs.runs] == [
+        (1, "product"),
+        (1, "jsq"),
+        (2, "product"),
+        (2, "jsq"),
+    ]
+
+
+def test_threads_run_at_the_same_time() -> None:
+    found: list[Simulation] = []
+
+    def one() -> None:
+        found.append(simulate(synthetic="agents", rate=1, seconds=30, scheduler="slice", jobs=1))
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    figures = [{**runs.runs[0], "wall_s": None} for runs in found]
+    assert len(figures) == 4 and all(one == figures[0] for one in figures)
+
+
+def test_every_scheduler_has_its_host_time() -> None:
+    runs = simulate(synthetic="sharegpt-like", rate=2, seconds=20, scheduler=["continuous", "slice", "scls"], host_ms=3)
+    assert all(run["host_us_per_token"] > 0 for run in runs.runs)
+    assert [run["moves"] is None for run in runs.runs] == [True, False, False]
+
+
 def test_ctrl_c_ends_it_and_other_threads_run_meanwhile() -> None:
     turns = 0
 

@@ -88,7 +88,8 @@ pub struct Asked {
     /// Sigma of the log-normal factor on the time of slices; an iteration's is twice as wide.
     #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0", allow_hyphen_values = true)]
     pub noise: String,
-    /// Sigma of the log-normal factor by which each worker is always slower or faster, unknown to the router.
+    /// Sigma of the log-normal factor by which each worker is always slower or faster, unknown to the router; each draws its
+    /// own, by the seed.
     #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0", allow_hyphen_values = true)]
     pub bias: String,
     /// continuous, slice, ils, scls, sls, so, pm, ab, lb; after @ its rows (continuous, sls) or its S (the others).

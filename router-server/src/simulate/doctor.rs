@@ -1,14 +1,14 @@
 //! `scls-router doctor`: when the requests of a trace crowd on few holders of a prefix.
 //!
-//! The trace is routed by the product, its engines modelled, with the hotspot guard on; what the guard sees at each decision
-//! is kept by minute. A minute breaks the safe condition if in it a class's share of the requests was more than the share of
+//! The trace is routed by the product, its engines modelled, while the hotspot guard watches and filters nothing; what it sees
+//! at each decision is kept by minute. A minute breaks the safe condition if in it a class's share of the requests was more than the share of
 //! workers that hold it (`docs/hotspot.md`).
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use router_core::{Micros, Sighting};
-use router_sim::{Trace, follow};
+use router_core::{Guarding, Micros, Sighting};
+use router_sim::{System, Trace, follow};
 use serde_json::{Value, json};
 
 use super::args::{Asked, DoctorArgs};
@@ -29,8 +29,6 @@ struct Minute {
     requests: u64,
     /// Of these, of a class that was not safe.
     unsafe_requests: u64,
-    /// Of these, kept from its holders.
-    filtered: u64,
     /// Where the holders' part was largest, among classes that some hold and some do not.
     worst: Option<Sighting>,
 }
@@ -40,7 +38,6 @@ impl Minute {
         self.requests += 1;
         let Some(sighting) = sighting else { return };
         self.unsafe_requests += u64::from(sighting.alarm);
-        self.filtered += u64::from(sighting.filtered);
         // where all hold it, or nobody yet, there is nobody to crowd on
         if (1..sighting.workers).contains(&sighting.holders)
             && self.worst.is_none_or(|worst| sighting.pressure() > worst.pressure())
@@ -62,7 +59,6 @@ impl Minute {
             "minute": minute,
             "requests": self.requests,
             "unsafe_requests": self.unsafe_requests,
-            "filtered": self.filtered,
             "share": self.worst.map(|worst| worst.share()),
             "holders": self.worst.map(|worst| worst.holders),
             "workers": self.worst.map(|worst| worst.workers),
@@ -80,7 +76,6 @@ pub fn run(args: &DoctorArgs, command: &str, stop: &AtomicBool) -> Result<String
         workers: vec![args.workers.clone()],
         cost_model: vec![args.cost_model.clone()],
         rate_scale: vec![args.rate_scale.clone()],
-        guard: vec!["on".into()],
         ..Asked::default()
     };
     let plan = Plan::new(&asked).map_err(Failure::Usage)?;
@@ -125,7 +120,11 @@ fn minutes(plan: &Plan, trace: &Trace, stop: &AtomicBool) -> Result<Minutes, Fai
         let mut decided = |at: Micros, _, choice: &router_core::Choice| {
             minutes.entry(at.0 / MINUTE.0).or_default().saw(choice.guard);
         };
-        follow(&run_of(plan, case, trace), &mut go_on, &mut decided).map_err(|error| Failure::Usage(line(error)))?;
+        let mut run = run_of(plan, case, trace);
+        if let System::Continuous { guard, .. } = &mut run.system {
+            *guard = Guarding::Watch;
+        }
+        follow(&run, &mut go_on, &mut decided).map_err(|error| Failure::Usage(line(error)))?;
     }
     Ok(minutes)
 }
@@ -206,7 +205,7 @@ mod tests {
             holders,
             alarm,
             preferred: true,
-            filtered: alarm,
+            filtered: false,
         }
     }
 
@@ -216,7 +215,7 @@ mod tests {
         for seen in [None, Some(sighting(90, 10, false)), Some(sighting(20, 4, false)), Some(sighting(50, 2, true))] {
             minute.saw(seen);
         }
-        assert_eq!((minute.requests, minute.unsafe_requests, minute.filtered), (4, 1, 1));
+        assert_eq!((minute.requests, minute.unsafe_requests), (4, 1));
         assert!((minute.ratio() - 2.5).abs() < 1e-12, "a class that all hold crowds on nobody");
         let quiet = Minute { requests: 3, ..Minute::default() };
         // nobody came between

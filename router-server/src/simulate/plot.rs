@@ -271,7 +271,7 @@ fn ticks(axis: &Axis, range: &Range<f64>) -> Vec<f64> {
     const MOST: f64 = 10.0;
     let width = range.end - range.start;
     let steps = (-9..=18).flat_map(|power| [1.0, 2.0, 5.0].map(|digit| digit * 10f64.powi(power)));
-    let fine = |values: &[f64]| (3..=MOST as usize + 2).contains(&values.len());
+    let fine = |values: &[f64]| (3..=MOST as usize).contains(&values.len());
     if axis.log {
         for digits in [&[1.0, 2.0, 3.0, 5.0, 7.0][..], &[1.0, 2.0, 5.0], &[1.0]] {
             let powers = range.start.floor() as i32..=range.end.ceil() as i32;
