@@ -71,13 +71,14 @@ pub struct Summary {
     pub output_tokens_per_s: f64,
     /// Ends a second of requests within the objective.
     pub goodput: Option<f64>,
-    /// Arrival to first token.
+    /// Arrival to first token; of requests that have none, the time for which they had waited when the run was over, which it is no
+    /// shorter than: a run that serves only the quick ones is not good.
     pub ttft: Option<Dist>,
     /// A token after the first, averaged over its request.
     pub tpot: Option<Dist>,
     /// The longest time between two tokens of a request.
     pub gap: Option<Dist>,
-    /// Arrival to last token.
+    /// Arrival to last token, or to the end of the run.
     pub latency: Option<Dist>,
     /// Prompt tokens found cached, of all.
     pub hit_ratio: f64,
@@ -150,10 +151,10 @@ impl Summary {
             throughput: per_second(ends().count() as f64),
             output_tokens_per_s: per_second(ends().map(|one| f64::from(one.output)).sum()),
             goodput: slo.map(within),
-            ttft: dist(&Served::ttft),
+            ttft: dist(&|one| one.ttft().or_else(|| so_far(one, record, one.first))),
             tpot: dist(&Served::tpot),
             gap: dist(&|one| (one.output > 1).then_some(f64::from(one.gap) * 1e-6)),
-            latency: dist(&Served::latency),
+            latency: dist(&|one| one.latency().or_else(|| so_far(one, record, one.ended))),
             hit_ratio: hits as f64 / prompts.max(1) as f64,
             imbalance: [imbalance(samples().map(|s| &s.batch_size)), imbalance(samples().map(|s| &s.queued))],
             spread: deviation(record.workers.iter().map(|worker| seconds(worker.completed))),
@@ -208,6 +209,12 @@ fn number(value: Option<f64>) -> Value {
 pub fn measured<'a>(run: &'a Run<'_>, record: &'a Record, window: Window) -> impl Iterator<Item = &'a Served> {
     let at = |one: &Served| run.trace.requests.get(one.request as usize).map_or(one.arrived, |request| request.at);
     record.served.iter().filter(move |one| window.holds(at(one)))
+}
+
+/// How long a request that had come had waited at the end for what never was.
+fn so_far(one: &Served, record: &Record, was: Micros) -> Option<f64> {
+    let waits = was == Micros::ZERO && one.arrived < record.end;
+    waits.then(|| seconds(record.end.saturating_sub(one.arrived)))
 }
 
 fn input(run: &Run<'_>, one: &Served) -> u32 {
@@ -409,13 +416,34 @@ mod tests {
         let waiting = |request| Served { first: Micros::ZERO, ended: Micros::ZERO, output: 0, ..served(request) };
         let record = Record { served: (0..3).map(waiting).collect(), end: Micros(1), ..Record::default() };
         let summary = Summary::of(&run(&trace), &record, 0.2, None);
-        assert_eq!((summary.finished, summary.ttft, summary.imbalance), (0, None, [None, None]));
-        assert_eq!(summary.figures()["ttft_mean"], Value::Null);
+        assert_eq!((summary.finished, summary.tpot, summary.imbalance), (0, None, [None, None]));
+        assert_eq!(summary.figures()["tpot_mean"], Value::Null);
         let nothing = Trace::default();
         let summary = Summary::of(&run(&nothing), &Record::default(), 0.2, None);
         near(summary.throughput, 0.0);
         near(summary.spread, 0.0);
         assert!(!format!("{:?}", summary.figures()).contains("-0"), "{:?}", summary.figures());
+    }
+
+    #[test]
+    fn who_still_waits_at_the_end_makes_no_mean_better() {
+        let trace = trace(11);
+        let mut record =
+            Record { served: (0..11).map(served).collect(), end: Micros(20_000_000), ..Record::default() };
+        // the last has no first token, the one before it no last
+        record.served[10] = Served { first: Micros::ZERO, ended: Micros::ZERO, output: 0, ..served(10) };
+        record.served[9] = Served { ended: Micros::ZERO, ..served(9) };
+        let summary = Summary::of(&run(&trace), &record, 0.2, None);
+        let [ttft, latency] = [summary.ttft, summary.latency].map(|dist| dist.expect("some"));
+        // seconds .3 to 1, then 10; .7 to 1.3, then 11 and 10
+        near(ttft.mean, (5.2 + 10.0) / 9.0);
+        near(latency.mean, (7.0 + 11.0 + 10.0) / 9.0);
+        assert_eq!(summary.unfinished, 2);
+        // a turn that would come after the end has not waited
+        record.served[10].arrived = record.end;
+        let summary = Summary::of(&run(&trace), &record, 0.2, None);
+        near(summary.ttft.expect("some").mean, 5.2 / 8.0);
+        assert_eq!(summary.unfinished, 2);
     }
 
     #[test]

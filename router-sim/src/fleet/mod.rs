@@ -307,7 +307,8 @@ impl<'a, 'b> Drive<'a, 'b> {
             match *said {
                 Said::Left(_, tokens) => self.router.left(id, Tokens(tokens.into())),
                 Said::Prefilled(_) => self.router.prefilled(id),
-                Said::Ended(..) => {
+                Said::Ended(_, row) => {
+                    self.policy.ended(row.output);
                     self.flights[request as usize] = None;
                     self.router.finished(id, &[])
                 }
@@ -433,7 +434,9 @@ impl<'a, 'b> Drive<'a, 'b> {
             match self.fate[at as usize] {
                 Fate::Here => self.record.served.push(self.served[at as usize]),
                 Fate::Absent if self.turns.is_past(at) => {
-                    self.record.served.push(Served { request: at, arrived: request.at, ..Served::default() });
+                    // it would have come no sooner than now
+                    let arrived = request.at.max(self.now);
+                    self.record.served.push(Served { request: at, arrived, ..Served::default() });
                 }
                 Fate::Absent | Fate::Rejected => {}
             }

@@ -40,7 +40,7 @@ struct Weight {
 }
 
 /// Rivals without a weight, in the order of their tables.
-const PLAIN: [&str; 27] = [
+const PLAIN: [&str; 28] = [
     "power_of_two",
     "jsq",
     "least_wait_token",
@@ -63,6 +63,7 @@ const PLAIN: [&str; 27] = [
     "llumnix",
     "polyserve",
     "smetric",
+    "smetric_held",
     "dual_map",
     "sticky",
     "scls_lpt",
@@ -140,6 +141,7 @@ fn plain(name: &str, device: &Device, workers: u32, seed: u64) -> Option<Box<dyn
         "llumnix" => Box::new(llumnix::Llumnix),
         "polyserve" => Box::new(polyserve::Polyserve::new(device, seed)),
         "smetric" => Box::new(smetric::Smetric::new(device)),
+        "smetric_held" => Box::new(smetric::Smetric::guessing(device)),
         "dual_map" => Box::new(dual_map::DualMap::new(device, workers)),
         "sticky" => Box::new(sticky::Sticky::default()),
         "scls_lpt" => Box::new(lpt::SclsLpt::new(device)),
