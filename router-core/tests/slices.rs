@@ -199,7 +199,11 @@ fn a_prompt_longer_than_a_chunk_goes_at_the_pace_of_the_streams_beside_it() {
                 asks(&mut pool, arrival(id, 20, 900));
             }
             let actions = asks(&mut pool, arrival(5, 500, 10));
-            assert_eq!(newest(&actions).add.last().expect("row 5").prefill_budget, Tokens(0), "one chunk takes it whole");
+            assert_eq!(
+                newest(&actions).add.last().expect("row 5").prefill_budget,
+                Tokens(0),
+                "one chunk takes it whole"
+            );
             let actions = asks(&mut pool, arrival(6, prompt, 10));
             let start = newest(&actions).add.last().expect("row 6");
             assert_eq!((start.key, start.prefill_budget), (key(6, 0), Tokens(budget)), "{prompt}");

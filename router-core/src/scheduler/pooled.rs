@@ -152,7 +152,8 @@ impl Scheduler {
     /// A batch of the oldest of its rows for each worker that has nothing to run.
     fn form_dealt(&mut self, now: Micros, pooled: Pooled, actions: &mut Vec<Action>) {
         let idle = self.workers.iter().filter(|(_, worker)| worker.synced && worker.queue.is_empty());
-        let idle: Vec<WorkerId> = idle.filter(|(_, worker)| !worker.queue.dealt.is_empty()).map(|(id, _)| *id).collect();
+        let idle: Vec<WorkerId> =
+            idle.filter(|(_, worker)| !worker.queue.dealt.is_empty()).map(|(id, _)| *id).collect();
         for id in idle {
             let Some(worker) = self.workers.get_mut(&id) else { continue };
             let mut dealt = std::mem::take(&mut worker.queue.dealt);
