@@ -4,7 +4,7 @@
 //! after that. Rates are over the time from there to the last arrival, or to the end of the run if that is sooner: what
 //! comes after the last arrival says how a fleet drains, not what it serves.
 
-use router_core::{Micros, Mode};
+use router_core::Micros;
 use serde_json::{Map, Value, json};
 
 use crate::run::{Run, System};
@@ -71,13 +71,14 @@ pub struct Summary {
     pub output_tokens_per_s: f64,
     /// Ends a second of requests within the objective.
     pub goodput: Option<f64>,
-    /// Arrival to first token.
+    /// Arrival to first token; of requests that have none, the time for which they had waited when the run was over, which it is no
+    /// shorter than: a run that serves only the quick ones is not good.
     pub ttft: Option<Dist>,
     /// A token after the first, averaged over its request.
     pub tpot: Option<Dist>,
     /// The longest time between two tokens of a request.
     pub gap: Option<Dist>,
-    /// Arrival to last token.
+    /// Arrival to last token, or to the end of the run.
     pub latency: Option<Dist>,
     /// Prompt tokens found cached, of all.
     pub hit_ratio: f64,
@@ -87,7 +88,7 @@ pub struct Summary {
     pub spread: f64,
     /// Tokens, slices and rows that [`Record::workers`] counts, as they are written in reports.
     pub counts: Vec<(&'static str, Option<f64>)>,
-    /// Seconds of host time that devices waited for, a token; `None` where it depends on what was in each iteration.
+    /// Seconds of host time that devices waited for, a token; `None` where there is none.
     pub host_per_token: Option<f64>,
     /// When the run was over.
     pub end: f64,
@@ -129,7 +130,8 @@ impl Summary {
         let dist = |of: &dyn Fn(&Served) -> Option<f64>| Dist::of(measured.iter().filter_map(|one| of(one)).collect());
         let finished = measured.iter().filter(|one| one.ended > Micros::ZERO).count() as u64;
         let ends = || record.served.iter().filter(|one| one.ended > Micros::ZERO && window.holds(one.ended));
-        let per_second = |count: f64| if window.seconds() > 0.0 { count / window.seconds() } else { 0.0 };
+        // a sum of nothing is -0
+        let per_second = |count: f64| if window.seconds() > 0.0 { count / window.seconds() + 0.0 } else { 0.0 };
         let begun = || measured.iter().filter(|one| one.first > Micros::ZERO);
         let prompts: u64 = begun().map(|one| u64::from(input(run, one))).sum();
         let hits: u64 = begun().map(|one| u64::from(one.hit)).sum();
@@ -149,15 +151,15 @@ impl Summary {
             throughput: per_second(ends().count() as f64),
             output_tokens_per_s: per_second(ends().map(|one| f64::from(one.output)).sum()),
             goodput: slo.map(within),
-            ttft: dist(&Served::ttft),
+            ttft: dist(&|one| one.ttft().or_else(|| so_far(one, record, one.first))),
             tpot: dist(&Served::tpot),
             gap: dist(&|one| (one.output > 1).then_some(f64::from(one.gap) * 1e-6)),
-            latency: dist(&Served::latency),
+            latency: dist(&|one| one.latency().or_else(|| so_far(one, record, one.ended))),
             hit_ratio: hits as f64 / prompts.max(1) as f64,
             imbalance: [imbalance(samples().map(|s| &s.batch_size)), imbalance(samples().map(|s| &s.queued))],
             spread: deviation(record.workers.iter().map(|worker| seconds(worker.completed))),
             counts: counts(run, record, &measured),
-            host_per_token: host(run, record),
+            host_per_token: host(record),
             end: seconds(record.end),
         }
     }
@@ -209,6 +211,12 @@ pub fn measured<'a>(run: &'a Run<'_>, record: &'a Record, window: Window) -> imp
     record.served.iter().filter(move |one| window.holds(at(one)))
 }
 
+/// How long a request that had come had waited at the end for what never was.
+fn so_far(one: &Served, record: &Record, was: Micros) -> Option<f64> {
+    let waits = was == Micros::ZERO && one.arrived < record.end;
+    waits.then(|| seconds(record.end.saturating_sub(one.arrived)))
+}
+
 fn input(run: &Run<'_>, one: &Served) -> u32 {
     run.trace.requests.get(one.request as usize).map_or(0, |request| request.input)
 }
@@ -230,24 +238,16 @@ fn counts(run: &Run<'_>, record: &Record, measured: &[&Served]) -> Vec<(&'static
         ("evicted", Some(workers(|w| w.evicted.0))),
         ("preempted", (!slices).then_some(preempted as f64)),
         ("resent", Some(record.resent as f64)),
+        ("moves", slices.then_some(record.moves as f64)),
         ("alarms", Some(record.guard.alarms as f64)),
         ("filtered", Some(record.guard.filtered as f64)),
     ]
 }
 
-/// Engines that plan every iteration pay for each; the pooled modes for each slice too. Of slices that are cut and joined it
-/// depends on which iterations had a prefill.
-fn host(run: &Run<'_>, record: &Record) -> Option<f64> {
-    let device = &run.fleet.device;
-    let sum = |of: fn(&crate::WorkerOutcome) -> u64| record.workers.iter().map(of).sum::<u64>() as f64;
-    let slices = match run.system {
-        System::Continuous { .. } | System::Uncommitted { .. } | System::Scheduled { mode: Mode::Ils, .. } => 0.0,
-        System::Scheduled { mode: Mode::Pooled(_), .. } => sum(|w| w.slices),
-        System::Scheduled { mode: Mode::Slice, .. } => return None,
-    };
+fn host(record: &Record) -> Option<f64> {
     let tokens: u64 = record.served.iter().map(|one| u64::from(one.output)).sum();
-    let host = seconds(device.host) * sum(|w| w.iterations) + seconds(device.start) * slices;
-    (tokens > 0).then(|| host / tokens as f64)
+    let host = record.workers.iter().fold(Micros::ZERO, |sum, worker| sum + worker.host);
+    (tokens > 0).then(|| seconds(host) / tokens as f64)
 }
 
 fn seconds(time: Micros) -> f64 {
@@ -296,7 +296,7 @@ pub fn thinned(samples: &[Sample], points: usize) -> impl Iterator<Item = &Sampl
 
 #[cfg(test)]
 mod tests {
-    use router_core::{Commit, Tokens};
+    use router_core::{Commit, Guarding, Tokens};
 
     use super::*;
     use crate::run::{Fleet, Sessions};
@@ -326,7 +326,7 @@ mod tests {
             lost: vec![],
             joined: vec![],
         };
-        let system = System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: false };
+        let system = System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: Guarding::Off };
         let until = Micros(u64::MAX);
         let sessions = Sessions::Closed;
         Run { trace, fleet, system, sessions, limit: 10, seed: 1, until, sample_every: Micros(1_000_000) }
@@ -416,12 +416,34 @@ mod tests {
         let waiting = |request| Served { first: Micros::ZERO, ended: Micros::ZERO, output: 0, ..served(request) };
         let record = Record { served: (0..3).map(waiting).collect(), end: Micros(1), ..Record::default() };
         let summary = Summary::of(&run(&trace), &record, 0.2, None);
-        assert_eq!((summary.finished, summary.ttft, summary.imbalance), (0, None, [None, None]));
-        assert_eq!(summary.figures()["ttft_mean"], Value::Null);
+        assert_eq!((summary.finished, summary.tpot, summary.imbalance), (0, None, [None, None]));
+        assert_eq!(summary.figures()["tpot_mean"], Value::Null);
         let nothing = Trace::default();
         let summary = Summary::of(&run(&nothing), &Record::default(), 0.2, None);
         near(summary.throughput, 0.0);
         near(summary.spread, 0.0);
+        assert!(!format!("{:?}", summary.figures()).contains("-0"), "{:?}", summary.figures());
+    }
+
+    #[test]
+    fn who_still_waits_at_the_end_makes_no_mean_better() {
+        let trace = trace(11);
+        let mut record =
+            Record { served: (0..11).map(served).collect(), end: Micros(20_000_000), ..Record::default() };
+        // the last has no first token, the one before it no last
+        record.served[10] = Served { first: Micros::ZERO, ended: Micros::ZERO, output: 0, ..served(10) };
+        record.served[9] = Served { ended: Micros::ZERO, ..served(9) };
+        let summary = Summary::of(&run(&trace), &record, 0.2, None);
+        let [ttft, latency] = [summary.ttft, summary.latency].map(|dist| dist.expect("some"));
+        // seconds .3 to 1, then 10; .7 to 1.3, then 11 and 10
+        near(ttft.mean, (5.2 + 10.0) / 9.0);
+        near(latency.mean, (7.0 + 11.0 + 10.0) / 9.0);
+        assert_eq!(summary.unfinished, 2);
+        // a turn that would come after the end has not waited
+        record.served[10].arrived = record.end;
+        let summary = Summary::of(&run(&trace), &record, 0.2, None);
+        near(summary.ttft.expect("some").mean, 5.2 / 8.0);
+        assert_eq!(summary.unfinished, 2);
     }
 
     #[test]

@@ -170,6 +170,41 @@ fn a_rate_is_what_it_says_and_copies_share_only_what_is_public() {
 }
 
 #[test]
+fn what_was_under_way_at_the_start_comes_before_anything_is_measured() {
+    let trace = packed("coder_sessions");
+    // the price of each fifth: tokens that nobody holds
+    let cold = |trace: &Trace| {
+        let last = trace.requests.last().expect("requests").at.0;
+        let (mut held, mut cold) = (HashSet::new(), [0u64; 5]);
+        for request in &trace.requests {
+            let hit = trace.chain(request).iter().take_while(|name| held.contains(*name)).count() as u64;
+            held.extend(trace.chain(request));
+            cold[(5 * request.at.0 / (last + 1)) as usize] += u64::from(request.input) - 64 * hit;
+        }
+        cold
+    };
+    let one = cold(&trace);
+    // half of it is that of the first fifth: conversations that had begun before the trace did
+    assert!(one[0] > 2 * one[1..].iter().copied().max().expect("fifths"), "{one:?}");
+    for seed in 1..6 {
+        let both = cold(&trace.at_rate(4.0, seed).expect("a rate"));
+        assert!(both[0] > 2 * both[1..].iter().copied().max().expect("fifths"), "seed {seed}: {both:?}");
+    }
+    // where all begin with their first turns, copies are spread over all of it
+    let tau = packed("tau_airline");
+    let window = tau.window(0.0, 216.0).expect("not empty");
+    let tenths = |trace: &Trace| {
+        let last = trace.requests.last().expect("requests").at.0;
+        let mut tenths = [0u32; 10];
+        trace.requests.iter().for_each(|request| tenths[(10 * request.at.0 / (last + 1)) as usize] += 1);
+        tenths.map(|count| 10.0 * f64::from(count) / trace.requests.len() as f64)
+    };
+    assert!(tenths(&window)[0] < 0.5, "it begins slowly");
+    let spread = tenths(&window.at_rate(60.0, 1).expect("a rate"));
+    assert!(spread.iter().all(|share| (share - 1.0).abs() < 0.15), "{spread:?}");
+}
+
+#[test]
 fn windows_are_rebased_and_repetitions_follow_the_end() {
     let trace = smoke();
     let window = trace.window(20.0, 50.0).expect("not empty");

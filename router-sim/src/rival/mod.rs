@@ -146,6 +146,8 @@ pub trait Rival: Send {
     }
     /// Its choice was made: the candidate `at`.
     fn chosen(&mut self, _sight: &Sight<'_>, _at: usize) {}
+    /// An engine said that a request has ended, after so many tokens.
+    fn ended(&mut self, _output: u32) {}
 }
 
 /// A score of a number: as numbers order, so do their scores. What is no number is the worst.

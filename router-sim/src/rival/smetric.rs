@@ -10,33 +10,42 @@ const SLACK: f64 = 2.0;
 /// A first turn goes by `(Q + u) * (b + 1)`. A later one goes to the longest hit, unless its time to first token there passes the slack
 /// times the objective; then to the least loaded.
 ///
-/// Simplified: a trace has no objectives, so a turn's is what its whole prompt takes on an idle worker. Where a trace has no sessions, a
-/// request of which some worker holds more than half is a later turn.
-pub struct Smetric(Forecast);
+/// Simplified: a trace has no objectives, so a turn's is what its whole prompt takes on an idle worker. Its source says nothing of
+/// requests without a session. They are first turns here, which serves it better than to guess: `smetric_held` is the guess,
+/// that a request of which some worker holds more than half is a later turn.
+pub struct Smetric {
+    forecast: Forecast,
+    guesses: bool,
+}
 
 impl Smetric {
     pub(super) fn new(device: &Device) -> Self {
-        Self(Forecast::new(device))
+        Self { forecast: Forecast::new(device), guesses: false }
+    }
+
+    /// What has no session is a later turn where more than half of it is held.
+    pub(super) fn guessing(device: &Device) -> Self {
+        Self { guesses: true, ..Self::new(device) }
     }
 }
 
 impl Rival for Smetric {
     fn name(&self) -> String {
-        "smetric".to_owned()
+        if self.guesses { "smetric_held" } else { "smetric" }.to_owned()
     }
 
     fn scores(&mut self, sight: &Sight<'_>, scores: &mut Vec<u128>) {
         let later = match sight.session {
             Some(_) => sight.turn > 0,
-            None => (0..sight.count()).any(|at| sight.hit(at) > sight.fresh(at)),
+            None => self.guesses && (0..sight.count()).any(|at| sight.hit(at) > sight.fresh(at)),
         };
         if !later {
             let prefill = |at: usize| u128::from(sight.queued(at)) + u128::from(sight.fresh(at));
             return sight.each(scores, |at| prefill(at) * (u128::from(sight.batch(at)) + 1));
         }
         let least = sight.least(|at| sight.fresh(at));
-        let bound = SLACK * self.0.prefill(sight.seen.tokens.0, 0);
-        let ttft: Vec<f64> = (0..sight.count()).map(|at| self.0.ttft(sight, at)).collect();
+        let bound = SLACK * self.forecast.prefill(sight.seen.tokens.0, 0);
+        let ttft: Vec<f64> = (0..sight.count()).map(|at| self.forecast.ttft(sight, at)).collect();
         let keeps = |at: usize| sight.fresh(at) == least && ttft[at] <= bound;
         let kept = (0..sight.count()).any(keeps);
         sight.each(scores, |at| match kept {

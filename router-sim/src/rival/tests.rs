@@ -230,8 +230,12 @@ fn one_table_for_all() {
         ("polyserve", &[IDLE.queued(3900).rows(1).hit(10), IDLE], 0),
         ("polyserve", &[IDLE.queued(4000).rows(1), IDLE], 1),
         // without sessions a later turn is one of which more than half is held; up to half the product: 500 * 2 against 1000
-        ("smetric", &[IDLE.hit(510).rows(9), IDLE], 0),
-        ("smetric", &[IDLE.hit(490).rows(1), IDLE], 1),
+        // without a session a first turn: 490 * 10 against 1,000
+        ("smetric", &[IDLE.hit(510).rows(9), IDLE], 1),
+        ("smetric", &[IDLE.hit(510).rows(1), IDLE], 0),
+        // or a guess
+        ("smetric_held", &[IDLE.hit(510).rows(9), IDLE], 0),
+        ("smetric_held", &[IDLE.hit(490).rows(1), IDLE], 1),
         ("sticky", &[IDLE.rows(1).hit(900), IDLE], 1),
         ("d2lpm", &[IDLE.rows(1).hit(900), IDLE], 0),
         // a slice of 128 iterations of 10 + b + 1 ms: a row is .128 s, as much as 118 queued tokens and their iteration
@@ -392,6 +396,21 @@ fn a_load_is_forgotten_after_three_minutes() {
 }
 
 #[test]
+fn rows_that_decode_are_load() {
+    let mut preble = named("preble");
+    // 45 tokens of 12 ms against the second's hit of 500: .54 s and .5 s
+    assert_eq!(ask(&mut *preble, &[IDLE, IDLE.hit(500).rows(1)], &Ask::default()), 0);
+    // answers of 10 tokens: .12 s
+    let mut preble = named("preble");
+    preble.ended(10);
+    assert_eq!(ask(&mut *preble, &[IDLE, IDLE.hit(500).rows(1)], &Ask::default()), 1);
+    // of equal matches the least load: nothing was sent to the first, .51 s to the second, and 1.8 s of its rows are left
+    assert_eq!(ask(&mut *preble, &[IDLE.hit(600).rows(1), IDLE.hit(600)], &Ask::default()), 0, ".12 s against .51 s");
+    let mut preble = named("preble");
+    assert_eq!(ask(&mut *preble, &[IDLE.hit(600).rows(1), IDLE.hit(600)], &Ask::default()), 1, ".54 s against none");
+}
+
+#[test]
 fn eviction_counts_as_often_as_what_is_held_is_hit() {
     let mut preble = named("preble");
     let full = IDLE.blocks(0, 1000);
@@ -462,6 +481,11 @@ fn a_deficit_sends_a_client_elsewhere() {
     // 1000 - 500, 500 - 500 = 0, then the other one for 1,000
     let turns: Vec<usize> = (0..4).map(|_| ask(&mut *d2lpm, &workers, &Ask::default())).collect();
     assert_eq!(turns, [0, 0, 1, 0], "and a new quantum for both");
+    // a client is none of its conversations
+    let mut d2lpm = named("d2lpm@1000");
+    let of = |session: u32| Ask { session: Some(session), ..Ask::default() };
+    let turns: Vec<usize> = (0..3).map(|session| ask(&mut *d2lpm, &workers, &of(session))).collect();
+    assert_eq!(turns, [0, 0, 1], "what one put on a worker counts for the next");
     // another class has deficits of its own
     assert_eq!(ask(&mut *d2lpm, &workers, &Ask { class: 1, ..Ask::default() }), 0);
 }

@@ -14,6 +14,10 @@ use crate::random::Random;
 /// How far arrivals are shifted to either side, in mean times between two of them.
 const JITTER_GAPS: f64 = 3.0;
 
+/// The part of a trace within which all its copies begin, where conversations are under way at its start. What these had is cached
+/// nowhere, so they come at the price of many new ones: a copy that began later would bring this into what is measured.
+const EARLY: f64 = 0.1;
+
 impl Trace {
     /// How often it can begin again: the time to the last arrival, and one mean gap.
     pub fn period(&self) -> f64 {
@@ -24,7 +28,8 @@ impl Trace {
 
     /// At `scale` times its rate: arrivals come faster, up to 4 times (2 times where there are conversations: their turns come
     /// faster too), and beyond that several copies run beside each other. A copy begins at a place of its own in the trace, by the seed, and
-    /// goes round: what was before that place follows the end as another conversation. Jitter it before, not after.
+    /// goes round: what was before that place follows the end as another conversation. If conversations are under way at the trace's start,
+    /// all copies begin within its first tenth. Jitter it before, not after.
     pub fn at_rate(&self, scale: f64, seed: u64) -> Result<Self, TraceError> {
         if !(scale.is_finite() && scale > 0.0) {
             return Err(self.number("rate scale", scale, "a rate scale is more than 0"));
@@ -39,11 +44,12 @@ impl Trace {
         let copies = copies as u64;
         let mut random = Random::new(seed);
         let public = Public::of(self);
+        let within = if self.begins_late() { EARLY } else { 1.0 };
         let mut all = self.emptied();
         for copy in 0..copies {
             // spread over the period, so that no two begin together
             let spread = (copy as f64 + random.unit()) / copies as f64;
-            let shift = if copy == 0 { 0.0 } else { spread * period };
+            let shift = if copy == 0 { 0.0 } else { spread * within * period };
             let at = |request: &TraceRequest| request.at.0 as f64 * 1e-6 / faster + shift;
             for (around, number) in [(false, 2 * copy), (true, 2 * copy + 1)] {
                 let part = self.requests.iter().filter(|request| (at(request) >= period) == around);
@@ -56,6 +62,20 @@ impl Trace {
         }
         all.requests.sort_by_key(|request| request.at);
         Ok(all)
+    }
+
+    /// Whether conversations were under way when it began: a tenth of them or more, so that a slip of a file decides nothing.
+    fn begins_late(&self) -> bool {
+        let mut begun = vec![false; self.sessions() as usize];
+        let (mut all, mut late) = (0u64, 0u64);
+        for request in &self.requests {
+            let Some(session) = request.session else { continue };
+            if !std::mem::replace(&mut begun[session as usize], true) {
+                all += 1;
+                late += u64::from(request.turn > 0);
+            }
+        }
+        10 * late > all
     }
 
     /// Requests that came from `from` to before `to`, in seconds; `from` becomes zero. Conversations may begin late.
