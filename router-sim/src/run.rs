@@ -75,8 +75,8 @@ impl Fleet {
         let seed = mix(seed ^ mix(own ^ mix(u64::from(slot) + 1)));
         // drawn of another stream, so that iterations are as they would be without it
         let drawn = if bias > 0.0 { bias * Random::new(!seed).normal() } else { 0.0 };
-        let slow = self.slow.get(slot as usize % self.slow.len().max(1)).copied().filter(|slow| *slow > 0.0);
-        Noise { sigma, bias: drawn + slow.map_or(0.0, f64::ln), seed }
+        let factor = self.slow.get(slot as usize % self.slow.len().max(1)).copied().filter(|factor| *factor > 0.0);
+        Noise { sigma, bias: drawn + factor.map_or(0.0, f64::ln), seed }
     }
 }
 
