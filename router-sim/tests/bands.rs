@@ -65,7 +65,8 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// At least 99 % of all slices are covered, 98 % in each bucket of k, by bands of the stated width.
 fn covers(sigma: f64) {
-    let out = chats(sigma, 28.0, 400.0);
+    // long enough for some hundreds of the rarest: of 236, five misses were already more than two percent
+    let out = chats(sigma, 28.0, 800.0);
     let all = scored(&out.batches);
     let mut buckets: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
     for (k, covered, _) in &all {
@@ -79,7 +80,7 @@ fn covers(sigma: f64) {
     let excess = |(k, _, width): &(u32, bool, f64)| width - 5.2 * sigma * (1.0 + 4.0 / f64::from(*k)).sqrt();
     let excess = median(all.iter().map(excess).collect());
     println!("sigma {sigma}: {} slices, covered {covered:.4}, {buckets:?}, {excess:.3} over the noise", all.len());
-    assert!(all.len() > 5_000 && buckets.values().all(|(of, _)| *of > 200), "too few to score: {buckets:?}");
+    assert!(all.len() > 5_000 && buckets.values().all(|(of, _)| *of > 400), "too few to score: {buckets:?}");
     assert!(covered >= 0.99, "{covered}");
     for (bucket, (of, hits)) in &buckets {
         assert!(f64::from(*hits) >= 0.98 * f64::from(*of), "k up to {bucket}: {hits} of {of}");
