@@ -434,8 +434,7 @@ mod tests {
     #[test]
     fn who_still_waits_at_the_end_makes_no_mean_better() {
         let trace = trace(11);
-        let mut record =
-            Record { served: (0..11).map(served).collect(), end: Micros(20_000_000), ..Record::default() };
+        let mut record = Record { served: (0..11).map(served).collect(), end: Micros(20_000_000), ..Record::default() };
         // the last has no first token, the one before it no last
         record.served[10] = Served { first: Micros::ZERO, ended: Micros::ZERO, output: 0, ..served(10) };
         record.served[9] = Served { ended: Micros::ZERO, ..served(9) };

@@ -175,7 +175,7 @@ fn what_was_under_way_at_the_start_comes_before_anything_is_measured() {
     // the price of each fifth: tokens that nobody holds
     let cold = |trace: &Trace| {
         let last = trace.requests.last().expect("requests").at.0;
-        let (mut held, mut cold) = (HashSet::new(), [0u64; 5]);
+        let (mut held, mut cold) = (HashSet::<BlockHash>::new(), [0u64; 5]);
         for request in &trace.requests {
             let hit = trace.chain(request).iter().take_while(|name| held.contains(*name)).count() as u64;
             held.extend(trace.chain(request));

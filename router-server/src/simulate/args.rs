@@ -40,6 +40,9 @@ pub struct Asked {
     /// Times the trace's own rate: faster up to a point, then superposed copies.
     #[arg(long, help_heading = "Requests", value_name = "X[,..]", value_delimiter = ',', default_value = "1")]
     pub rate_scale: Vec<String>,
+    /// How many copies of the trace make its rate; without it as few as do. To compare rates, as many as the highest needs.
+    #[arg(long, help_heading = "Requests", value_name = "N")]
+    pub copies: Option<String>,
     /// Only requests from A to B seconds of the trace.
     #[arg(long, help_heading = "Requests", value_name = "A:B")]
     pub window: Option<String>,
