@@ -109,7 +109,78 @@ def modes(report: dict) -> str:
     )
 
 
-TABLES = {"ablation": ablation, "modes": modes, "demo": demo, "core": core, "python-route": python_route}
+ROUTING = {
+    "product_anticipating": "**`product_anticipating`**, guarded",
+    "product": "`product`",
+    "min_ttft": "least simulated TTFT (llm-d, Mooncake)",
+    "smetric": "SMetric",
+    "linear@0.7": "0.7 x misses + 0.3 x load",
+    "sglang": "SGLang, cache-aware",
+    "llm_d": "llm-d, prefix 3 : queue 2",
+    "preble": "Preble E2",
+    "dynamo@1": "Dynamo",
+    "sticky": "sticky sessions",
+    "jsq": "shortest queue (vLLM)",
+    "round_robin": "round robin",
+}
+
+
+def seconds(time: float) -> str:
+    return f"{time:.0f} s" if time >= 10 else f"{time:.1f} s" if time >= 1 else f"{time * 1e3:.0f} ms"
+
+
+def e2(report: dict) -> str:
+    points = [(trace, load) for trace in report["max_rate"] for load in (0.5, 0.75)]
+    lines = [
+        "| policy | " + " | ".join(f"{trace} {load:.0%}" for trace, load in points) + " |",
+        "|---|" + "---|" * len(points),
+    ]
+    for policy, name in ROUTING.items():
+        guard = policy == "product_anticipating"
+        cells = []
+        for trace, load in points:
+            ttft = [
+                row["ttft_mean"]
+                for row in report["rows"]
+                if (row["trace"], row["load"], row["policy"], row["guard"]) == (trace, load, policy, guard)
+                and row["commit"] == "prefixes"
+            ]
+            cells.append(seconds(ttft[0]) if ttft and ttft[0] is not None else "-")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Mean time to first token, {circumstances(report)}"])
+
+
+def e1(report: dict) -> str:
+    best: dict[str, dict[str, float]] = {}
+    for row in report["rows"]:
+        kind = row["scheduler"].partition("@")[0]
+        kind = "capped" if kind == "continuous" and "@" in row["scheduler"] else kind
+        here = best.setdefault(row["workload"], {})
+        here[kind] = max(here.get(kind, 0.0), row["throughput"])
+    columns = ("sls", "scls", "capped", "continuous", "slice")
+    return "\n".join(
+        [
+            "| workload | sequence level | SCLS | iteration level, rows capped | iteration level (as vLLM v1) | **slice** |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {workload} | " + " | ".join(f"{here[column]:.3g}" for column in columns) + " |"
+                for workload, here in best.items()
+            ),
+            "",
+            f"Requests a second, {circumstances(report)}",
+        ]
+    )
+
+
+TABLES = {
+    "ablation": ablation,
+    "modes": modes,
+    "demo": demo,
+    "core": core,
+    "python-route": python_route,
+    "e1": e1,
+    "e2": e2,
+}
 
 
 def main() -> None:

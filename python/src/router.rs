@@ -10,7 +10,7 @@ use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyString, PyTuple};
 use pyo3::{PyTraverseError, PyVisit};
-use router_core::{BlockHash, BlockSize, Blocks, Choice, DecisionId, Micros, PolicyName, Prompt, Seen};
+use router_core::{BlockHash, BlockSize, Blocks, Choice, DecisionId, Guarding, Micros, PolicyName, Prompt, Seen};
 use router_server::tokenizer::Tokenizer;
 
 use crate::class::Class;
@@ -112,7 +112,7 @@ impl Router {
         };
         let size = crate::block_size(block_size)?;
         let tokenizer = tokenizer.map(|path| py.detach(|| load(&path))).transpose()?;
-        let core = Mutex::new(router_core::Router::new(size).with_guard(true));
+        let core = Mutex::new(router_core::Router::new(size).with_guard(Guarding::Filter));
         let (deciding, root) = (Mutex::new(None), BlockHash(hash_root));
         let start = Instant::now();
         Ok(Self { core, start, deciding, policy, policy_name, seed, size, root, tokenizer })

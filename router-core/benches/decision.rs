@@ -6,8 +6,8 @@ use std::sync::Arc;
 use divan::{Bencher, black_box};
 use hashbrown::HashSet;
 use router_core::{
-    Action, BlockHash, BlockSize, BlockTrie, Blocks, Config, Epoch, Event, Layout, Micros, Mode, ModelSpec, NaiveIndex,
-    NewRequest, PolicyName, PrefixIndex, Product, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId,
+    Action, BlockHash, BlockSize, BlockTrie, Blocks, Config, Epoch, Event, Guarding, Layout, Micros, Mode, ModelSpec,
+    NaiveIndex, NewRequest, PolicyName, PrefixIndex, Product, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId,
     WorkerMessage, WorkerSpec, hash_blocks,
 };
 
@@ -88,16 +88,16 @@ fn commit_and_take_back(bencher: Bencher, len: usize) {
 /// Each prompt goes on from the middle of another of the sessions that the workers hold, a quarter of a million blocks.
 #[divan::bench(args = LENGTHS, sample_count = 2000, sample_size = 1)]
 fn embedded_decision(bencher: Bencher, len: usize) {
-    decides(bencher, len, false);
+    decides(bencher, len, Guarding::Off);
 }
 
 /// The same with the hotspot guard.
 #[divan::bench(args = LENGTHS, sample_count = 2000, sample_size = 1)]
 fn embedded_decision_guarded(bencher: Bencher, len: usize) {
-    decides(bencher, len, true);
+    decides(bencher, len, Guarding::Filter);
 }
 
-fn decides(bencher: Bencher, len: usize, guard: bool) {
+fn decides(bencher: Bencher, len: usize, guard: Guarding) {
     let sessions = (1 << 22) / len as u32;
     let ids = |session: u32, turn: u32| {
         let ids = prompt(len).into_iter().enumerate();

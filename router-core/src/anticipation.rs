@@ -77,16 +77,14 @@ impl Arrivals {
     }
 
     /// Arrivals a second since the oldest that counts, which only begins the time.
-    pub(crate) fn rate(&mut self, now: Micros) -> f64 {
-        let outdated = |at: &Micros| now.saturating_sub(*at) > PERIOD;
-        while self.latest.front().is_some_and(outdated) {
-            self.latest.pop_front();
-        }
-        let Some(&oldest) = self.latest.front() else { return 0.0 };
+    pub(crate) fn rate(&self, now: Micros) -> f64 {
+        let outdated = self.latest.partition_point(|at| now.saturating_sub(*at) > PERIOD);
+        let Some(&oldest) = self.latest.get(outdated) else { return 0.0 };
         let passed = now.saturating_sub(oldest);
-        // many within less are a rate; few are not yet
-        let passed = if self.latest.len() < ARRIVALS { passed.max(SECOND) } else { passed.max(Micros(1)) };
-        (self.latest.len() - 1) as f64 * 1e6 / passed.0 as f64
+        let count = self.latest.len() - outdated;
+        // many within less are a rate; few are not yet, and none are where nobody tells the time
+        let passed = if count < ARRIVALS { passed.max(SECOND) } else { passed };
+        if passed == Micros::ZERO { 0.0 } else { (count - 1) as f64 * 1e6 / passed.0 as f64 }
     }
 }
 
@@ -144,6 +142,10 @@ mod tests {
         assert!((arrivals.rate(now) - 1000.0).abs() < 2.0, "{}", arrivals.rate(now));
         // and a minute later it is over
         assert!(arrivals.rate(now + PERIOD + Micros(1)) == 0.0);
+        assert!((arrivals.rate(now) - 1000.0).abs() < 2.0, "whoever asks changes nothing");
+        // without a clock there is no rate, however many come
+        (0..1000).for_each(|_| arrivals.observe(now));
+        assert!(arrivals.rate(now) == 0.0);
     }
 
     #[test]

@@ -66,10 +66,6 @@ pub(crate) const MOST_BALANCED: usize = 8;
 /// a report no more than it does here (62 us at 1,000 workers with rows waiting on each, without it).
 pub(crate) const BALANCED_WORKERS: usize = 64;
 
-/// Steps that a chunk of a prompt of some chunks may take beside rows that decode. With one, mean TTFT was up to twice that of
-/// an engine that computes whole chunks; with three it is within a few percent of it on chats and reasoning, mean latency
-/// within 6 % of what one step gives, and the longest time between tokens half that engine's (E1's workloads, simulated).
-pub(crate) const PACE: u64 = 3;
-/// Chunks of such a prompt. One of more slows the others for so long that a percentile of their time between tokens would be
-/// that of its iterations: it goes at the pace of one step.
+/// Chunks of a prompt that goes at the pace which is best for it and the rows beside it together. One of more slows them for so
+/// long that a percentile of their time between tokens would be that of its iterations: it goes at the pace of one step.
 pub(crate) const SOME_CHUNKS: u64 = 16;

@@ -37,6 +37,18 @@ fn ladder() -> impl Iterator<Item = usize> {
     })
 }
 
+/// What the guard does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Guarding {
+    /// Nothing: there is none.
+    #[default]
+    Off,
+    /// It says what it sees, and lets everything pass: decisions are those without it.
+    Watch,
+    /// It keeps rows from holders, where they are too few.
+    Filter,
+}
+
 /// What the guard has seen and done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Hotspots {
@@ -44,9 +56,9 @@ pub struct Hotspots {
     pub alarms: u64,
     /// Decisions that went elsewhere because holders were filtered.
     pub filtered: u64,
-    /// Classes that are unsafe now.
+    /// Classes that were unsafe at their last decision, and had one in the window.
     pub alarmed: u64,
-    /// Classes from which holders are filtered now.
+    /// Those of them whose holders are filtered.
     pub filtering: u64,
 }
 
@@ -100,6 +112,8 @@ struct Alarm {
     preferred: u64,
     /// They were too many: holders are filtered until it is safe.
     filtering: bool,
+    /// Requests counted before the last of these decisions.
+    at: u64,
 }
 
 /// Watches decisions, and says where the holders of a prefix are not to be chosen.
@@ -108,6 +122,8 @@ struct Alarm {
 /// of the counts of 16 requests for each worker.
 #[derive(Clone, Debug)]
 pub(crate) struct Guard {
+    /// Whether it may filter.
+    filters: bool,
     /// Names of the counted prefixes of the window's requests, oldest first.
     names: VecDeque<BlockHash>,
     /// How many each request has.
@@ -117,23 +133,26 @@ pub(crate) struct Guard {
     alarms: HashMap<BlockHash, Alarm>,
     /// Requests that make a class.
     popular: usize,
+    /// Requests counted so far.
+    counted: u64,
     total: Hotspots,
 }
 
-impl Default for Guard {
-    fn default() -> Self {
-        Self {
+impl Guard {
+    /// One that does this, if it is anything.
+    pub(crate) fn new(guarding: Guarding) -> Option<Self> {
+        (guarding != Guarding::Off).then(|| Self {
+            filters: guarding == Guarding::Filter,
             names: VecDeque::new(),
             requests: VecDeque::new(),
             counts: HashMap::new(),
             alarms: HashMap::new(),
             popular: usize::MAX,
+            counted: 0,
             total: Hotspots::default(),
-        }
+        })
     }
-}
 
-impl Guard {
     /// What it has seen and done.
     pub(crate) fn hotspots(&self) -> Hotspots {
         let filtering = self.alarms.values().filter(|alarm| alarm.filtering).count() as u64;
@@ -173,15 +192,9 @@ impl Guard {
         Some(sighting)
     }
 
-    /// A decision was made of a prompt, by this sighting.
-    pub(crate) fn observe(&mut self, chain: &[BlockHash], workers: usize, sighting: Option<&Sighting>) {
-        if let Some(sighting) = sighting {
-            self.weigh(sighting);
-        }
-        self.count(chain, workers);
-    }
-
-    fn weigh(&mut self, sighting: &Sighting) {
+    /// A decision was made by this sighting.
+    pub(crate) fn decided(&mut self, sighting: Option<&Sighting>) {
+        let Some(sighting) = sighting else { return };
         if !sighting.alarm {
             self.alarms.remove(&sighting.class);
             return;
@@ -191,7 +204,8 @@ impl Guard {
             Alarm::default()
         });
         alarm.preferred = if sighting.preferred { alarm.preferred + 1 } else { 0 };
-        alarm.filtering |= alarm.preferred >= 2 * u64::from(sighting.holders);
+        alarm.filtering |= self.filters && alarm.preferred >= 2 * u64::from(sighting.holders);
+        alarm.at = self.counted;
         self.total.filtered += u64::from(sighting.filtered);
     }
 
@@ -208,13 +222,10 @@ impl Guard {
         deepest
     }
 
-    /// Takes the request in, and those out that are too old for so many workers.
-    fn count(&mut self, chain: &[BlockHash], workers: usize) {
-        let popular = POPULAR * workers.max(1);
-        if popular != std::mem::replace(&mut self.popular, popular) {
-            let counts = &self.counts;
-            self.alarms.retain(|class, _| counts.get(class).is_some_and(|&count| count as usize >= popular));
-        }
+    /// A prompt was asked for: takes it in, and those out that are too old for so many workers.
+    pub(crate) fn count(&mut self, chain: &[BlockHash], workers: usize) {
+        let window = WINDOW * workers.max(1);
+        self.popular = POPULAR * workers.max(1);
         let before = self.names.len();
         for depth in ladder().take_while(|depth| *depth <= chain.len()) {
             let name = chain[depth - 1];
@@ -223,9 +234,15 @@ impl Guard {
         }
         // a ladder has some 200 rungs up to all memory there is
         self.requests.push_back((self.names.len() - before) as u16);
-        while self.requests.len() > WINDOW * workers.max(1) {
+        self.counted += 1;
+        while self.requests.len() > window {
             self.forget_oldest();
         }
+        // of a class that is popular no more, or of which only parts still are, nothing is known
+        let (counts, popular, oldest) = (&self.counts, self.popular, self.counted.saturating_sub(window as u64));
+        self.alarms.retain(|class, alarm| {
+            alarm.at >= oldest && counts.get(class).is_some_and(|&count| count as usize >= popular)
+        });
     }
 
     fn forget_oldest(&mut self) {
@@ -233,9 +250,6 @@ impl Guard {
         for name in self.names.drain(..usize::from(names)) {
             let Entry::Occupied(mut count) = self.counts.entry(name) else { continue };
             *count.get_mut() -= 1;
-            if (*count.get() as usize) < self.popular {
-                self.alarms.remove(&name);
-            }
             if *count.get() == 0 {
                 count.remove();
             }
@@ -246,6 +260,10 @@ impl Guard {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn guard() -> Guard {
+        Guard::new(Guarding::Filter).expect("one")
+    }
 
     fn chain(request: u64, len: u64) -> Vec<BlockHash> {
         (0..len).map(|at| BlockHash(request << 32 | at)).collect()
@@ -264,44 +282,80 @@ mod tests {
 
     #[test]
     fn memory_is_that_of_the_window() {
-        let mut guard = Guard::default();
+        let mut guard = guard();
         for request in 0..5000 {
-            guard.observe(&chain(request, 300), 4, None);
+            guard.count(&chain(request, 300), 4);
         }
         assert_eq!((guard.requests.len(), guard.names.len(), guard.counts.len()), (64, 64 * 29, 64 * 29));
         // prompts without a whole block count as requests
-        (0..60).for_each(|_| guard.observe(&[], 4, None));
+        (0..60).for_each(|_| guard.count(&[], 4));
         assert_eq!((guard.requests.len(), guard.counts.len()), (64, 4 * 29));
         // and a window for fewer workers is shorter
-        guard.observe(&chain(1, 3), 1, None);
+        guard.count(&chain(1, 3), 1);
         assert_eq!((guard.requests.len(), guard.names.len(), guard.counts.len()), (16, 3, 3));
-        guard.observe(&[], 0, None);
+        guard.count(&[], 0);
         assert_eq!(guard.requests.len(), 16, "at least as for one");
+    }
+
+    /// Two workers, the first of which holds all and would have all.
+    fn judge(guard: &Guard, chain: &[BlockHash]) -> Option<Sighting> {
+        let mut candidates = [0, 1].map(|slot| Candidate { worker: crate::WorkerId(slot), ..Candidate::default() });
+        guard.judge(chain, &[chain.len(), 0], &mut candidates, 0)
+    }
+
+    fn decide(guard: &mut Guard, chain: &[BlockHash]) {
+        let sighting = judge(guard, chain);
+        guard.decided(sighting.as_ref());
+        guard.count(chain, 2);
+    }
+
+    #[test]
+    fn a_class_that_is_only_part_of_deeper_ones_leaves_nothing() {
+        let mut guard = guard();
+        let hot = chain(7, 4);
+        (0..16).for_each(|_| decide(&mut guard, &hot[..2]));
+        assert_eq!((guard.hotspots().alarmed, guard.hotspots().filtering), (1, 1));
+        // from here on all go deeper: the class is theirs, and the one above it is nobody's last decision
+        (0..60).for_each(|_| decide(&mut guard, &hot));
+        assert_eq!((guard.hotspots().alarmed, guard.hotspots().filtering), (1, 1));
+        let (above, below) = (judge(&guard, &hot[..2]).expect("a class"), judge(&guard, &hot).expect("a class"));
+        assert_eq!((above.depth, above.alarm, above.filtered), (Blocks(2), true, false), "it begins anew");
+        assert_eq!((below.depth, below.alarm, below.filtered), (Blocks(4), true, true));
+    }
+
+    #[test]
+    fn one_that_watches_sees_the_same_and_filters_nothing() {
+        let (mut watch, mut filter) = (Guard::new(Guarding::Watch).expect("one"), guard());
+        let hot = chain(7, 4);
+        for _ in 0..16 {
+            let seen = [&watch, &filter].map(|guard| judge(guard, &hot));
+            assert_eq!(seen[0], seen[1].map(|sighting| Sighting { filtered: false, ..sighting }));
+            for guard in [&mut watch, &mut filter] {
+                decide(guard, &hot);
+            }
+        }
+        assert_eq!(watch.hotspots(), Hotspots { alarms: 1, filtered: 0, alarmed: 1, filtering: 0 });
+        assert_eq!(filter.hotspots(), Hotspots { alarms: 1, filtered: 10, alarmed: 1, filtering: 1 });
+        assert!(Guard::new(Guarding::Off).is_none());
     }
 
     #[test]
     fn a_class_that_leaves_the_window_leaves_nothing() {
-        let mut guard = Guard::default();
+        let mut guard = guard();
         let hot = chain(7, 4);
-        let judge = |guard: &Guard| {
-            let mut candidates = [0, 1].map(|slot| Candidate { worker: crate::WorkerId(slot), ..Candidate::default() });
-            guard.judge(&hot, &[4, 0], &mut candidates, 0)
-        };
-        for _ in 0..16 {
-            let sighting = judge(&guard);
-            guard.observe(&hot, 2, sighting.as_ref());
-        }
+        let judge = |guard: &Guard| judge(guard, &hot);
+        (0..16).for_each(|_| decide(&mut guard, &hot));
         assert_eq!(guard.hotspots(), Hotspots { alarms: 1, filtered: 10, alarmed: 1, filtering: 1 });
         assert!(judge(&guard).expect("a class").pressure() > 1.9);
         for request in 0..29 {
-            guard.observe(&chain(100 + request, 4), 2, None);
+            guard.count(&chain(100 + request, 4), 2);
         }
         assert_eq!(judge(&guard), None, "three of 32 are no class");
         assert_eq!(guard.hotspots(), Hotspots { alarms: 1, filtered: 10, alarmed: 0, filtering: 0 });
         // with more workers it takes more requests to be one
-        (0..4).for_each(|_| guard.observe(&hot, 2, None));
+        (0..4).for_each(|_| guard.count(&hot, 2));
         assert!(judge(&guard).is_some());
-        guard.observe(&hot, 8, None);
+        guard.count(&hot, 8);
         assert_eq!(judge(&guard), None);
     }
 }

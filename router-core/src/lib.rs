@@ -41,7 +41,7 @@ pub use event::{
     Action, BatchEnd, Event, FinishReason, Keep, NewRequest, Plan, Refusal, Rejection, RowEnd, RowReport, RowStart,
     RowTokens, SliceReport, TokenLogprobs, WorkerMessage,
 };
-pub use guard::{Hotspots, Sighting};
+pub use guard::{Guarding, Hotspots, Sighting};
 pub use ids::{DecisionId, Epoch, PlanNo, RequestId, RowId, RowKey, WorkerId};
 pub use index::{BlockTrie, NaiveIndex, PrefixIndex};
 pub use memory::{Ceiling, Extent, batch_ceiling, ceiling};

@@ -43,7 +43,7 @@ pub enum Batching {
     Dp,
 }
 
-/// Which worker a batch goes to.
+/// Which worker a batch of a round goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offload {
     /// In turn.
@@ -55,7 +55,8 @@ pub enum Offload {
 /// When the pool is cut into batches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Interval {
-    /// Whenever a worker has nothing to run next.
+    /// There are no rounds: a row is a worker's in turn as it comes, and a worker that has nothing to run gets a batch of those
+    /// that are its.
     AtOnce,
     /// So often.
     Fixed(Micros),
@@ -75,7 +76,7 @@ const TICK: Micros = Micros(3_000_000);
 const LEAST: Micros = Micros(1_000_000);
 
 impl Pooled {
-    /// Sequence level: batches of arrivals run until their last row ends.
+    /// Sequence level: arrivals are dealt to the workers in turn, whose batches run until their last row ends.
     pub const fn sls() -> Self {
         Self {
             name: "sls",

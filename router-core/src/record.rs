@@ -80,7 +80,7 @@ impl Work {
             let seen = steps.saturating_mul(first).saturating_add(triangle(steps.saturating_sub(1)));
             work.context += Tokens(seen);
             if fills {
-                let before = from.0.saturating_sub(prefill);
+                let before = from.0.saturating_sub(prefill.saturating_add(row.prefill_left.0));
                 let pairs = prefill.saturating_mul(before).saturating_add(triangle(prefill));
                 work.prefill += Tokens(prefill);
                 work.pairs = work.pairs.saturating_add(pairs);
@@ -120,4 +120,68 @@ impl BatchOutcome {
 /// The sum of 1 to `n`.
 fn triangle(n: u64) -> u64 {
     n.saturating_mul(n.saturating_add(1)) / 2
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::RowReport;
+    use crate::ids::{RequestId, RowId};
+
+    fn key(request: u64) -> RowKey {
+        RowKey { row: RowId { request: RequestId(request), choice: 0 }, attempt: 0 }
+    }
+
+    /// Tokens at the start; computed, drawn and still uncomputed at the end of a batch of 4 iterations.
+    fn work(rows: &[(u64, u64, u64, u64)]) -> Work {
+        // in another order than they are reported
+        let entered: Vec<_> = (0..).zip(rows).map(|(at, row)| (key(at), Tokens(row.0))).collect();
+        let reported = |(at, &(_, computed, emitted, left))| RowReport {
+            key: key(at),
+            computed: Tokens(computed),
+            cached: Tokens::ZERO,
+            emitted: Tokens(emitted),
+            finish: None,
+            held: true,
+            prefill_left: Tokens(left),
+        };
+        let report = SliceReport {
+            batch: PlanNo(1),
+            end: BatchEnd::Steps,
+            steps: 4,
+            prefill: Micros::ZERO,
+            decode: Micros::ZERO,
+            idle: Micros::ZERO,
+            peak: Blocks(1),
+            pad: Tokens::ZERO,
+            invalid: Tokens::ZERO,
+            rows: (0..).zip(rows).map(reported).collect(),
+            next: None,
+        };
+        Work::of(&entered, &report)
+    }
+
+    #[test]
+    fn what_a_batch_computed_is_counted_token_by_token() {
+        // decodes four: sees 10, 11, 12, 13
+        let decodes = work(&[(10, 4, 4, 0)]);
+        let expected = Work { decoded: 4, context: Tokens(46), longest: Tokens(10), ..Work::default() };
+        assert_eq!(decodes, expected);
+        // 20 of 30 tokens uncached, computed in two iterations, the last of which draws; then sees 31, 32
+        let fills = work(&[(30, 22, 3, 0)]);
+        let pairs = (11..=30).sum();
+        let expected =
+            Work { fills: 2, prefill: Tokens(20), pairs, decoded: 2, context: Tokens(63), longest: Tokens(30) };
+        assert_eq!(fills, expected);
+        // the first 40 of 100, of which 10 were cached: they see 11 to 50
+        let begins = work(&[(100, 40, 0, 50)]);
+        let expected =
+            Work { fills: 4, prefill: Tokens(40), pairs: (11..=50).sum(), longest: Tokens(100), ..Work::default() };
+        assert_eq!(begins, expected);
+        let all = work(&[(10, 4, 4, 0), (30, 22, 3, 0), (100, 40, 0, 50)]);
+        assert_eq!((all.fills, all.prefill, all.decoded, all.context), (4, Tokens(60), 6, Tokens(109)));
+        assert_eq!(all.pairs, pairs + begins.pairs);
+        // what makes no sense is no panic
+        work(&[(u64::MAX, u64::MAX, u64::MAX - 1, u64::MAX), (1, u64::MAX, 0, u64::MAX), (0, 0, u64::MAX, 0)]);
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::block::BlockHash;
-use crate::constants::{PACE, SOME_CHUNKS};
+use crate::constants::SOME_CHUNKS;
 use crate::cost::{Band, BatchLoad, Estimator, Forecast, Layout};
 use crate::cut::Joins;
 use crate::event::Refusal;
@@ -195,23 +195,33 @@ impl Worker {
     }
 
     /// Most prefill tokens an iteration takes of a row beside so many that decode and see so many tokens. A prompt that one
-    /// chunk computes goes in one piece. One of some chunks takes as long as some of the steps it rides in ([`PACE`]); one of
-    /// many as long as one, so that the others' time between tokens, for as long as it then is, at most doubles. Zero stands
-    /// for no limit but the chunk.
+    /// chunk computes goes in one piece. Computing a longer one takes as long as D steps, however it is cut: with x steps of
+    /// it beside each step the others wait x steps more for a token, and it waits D / x steps more for its first. The sum is
+    /// least at the root of D: a part takes the geometric mean of a step and of the whole. One of many chunks takes no more than
+    /// a step beside each, so that the others' time between tokens, for as long as it then is, at most doubles. What an
+    /// iteration with a chunk costs whatever is in it counts for neither. Zero stands for no limit but the chunk.
     pub(crate) fn pace(&self, rows: u64, context: Tokens, tokens: Tokens, prefill: Tokens) -> Tokens {
         let chunk = self.spec.chunk;
         if prefill <= chunk || chunk == Tokens::ZERO {
             return Tokens::ZERO;
         }
         let size = self.spec.model.block_size.get();
-        // the last chunk attends most
-        let of = |count: u64| self.estimator.time(self.estimator.model().prefill(Tokens(count), tokens));
+        let model = self.estimator.model();
+        let least = model.prefill(Tokens(1), Tokens::ZERO);
+        // the last part attends most
+        let of = |count: Tokens, before: Tokens| self.estimator.time(model.prefill(count, before) - least);
         let step = self.step(rows.max(1), context);
-        let step = if prefill.0.div_ceil(chunk.0) <= SOME_CHUNKS { Micros(step.0.saturating_mul(PACE)) } else { step };
+        let part = if prefill.0.div_ceil(chunk.0) <= SOME_CHUNKS {
+            let whole = of(prefill, tokens.saturating_sub(prefill));
+            // casts saturate
+            Micros((step.0 as f64 * whole.0 as f64).sqrt() as u64).max(step)
+        } else {
+            step
+        };
         let (mut few, mut many) = (1, chunk.0.div_ceil(size).max(1));
         while few < many {
             let middle = (few + many).div_ceil(2);
-            if of(middle.saturating_mul(size)) <= step { few = middle } else { many = middle - 1 }
+            if of(Tokens(middle.saturating_mul(size)), tokens) <= part { few = middle } else { many = middle - 1 }
         }
         Tokens(few.saturating_mul(size)).min(chunk)
     }

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use router_core::{
-    BlockHash, BlockSize, Blocks, Choice, Config, Decision, DecisionId, Epoch, Event, Layout, Micros, Mode, ModelSpec,
-    NewRequest, PolicyName, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId, WorkerMessage, WorkerSpec,
-    hash_blocks,
+    BlockHash, BlockSize, Blocks, Choice, Config, Decision, DecisionId, Epoch, Event, Guarding, Layout, Micros, Mode,
+    ModelSpec, NewRequest, PolicyName, Prompt, RequestId, Router, Scheduler, Tokens, WorkerId, WorkerMessage,
+    WorkerSpec, hash_blocks,
 };
 
 const SIZE: u64 = 16;
 
 fn router(workers: usize) -> Router {
-    let mut router = Router::new(BlockSize::new(SIZE as u32).expect("not zero")).with_guard(true);
+    let mut router = Router::new(BlockSize::new(SIZE as u32).expect("not zero")).with_guard(Guarding::Filter);
     for at in 0..workers {
         router.add_worker(&at.to_string(), None).expect("a new name");
     }
@@ -106,7 +106,7 @@ proptest! {
         }
         let hotspots = fleet.router.hotspots().expect("a guard");
         prop_assert_eq!(hotspots.filtered, went_elsewhere);
-        prop_assert!(hotspots.alarmed >= hotspots.filtering && hotspots.alarmed <= 8);
+        prop_assert!(hotspots.alarmed >= hotspots.filtering && hotspots.alarmed <= hotspots.alarms);
     }
 }
 
@@ -154,7 +154,7 @@ fn property_5_a_burst_is_filtered_until_it_is_safe() {
 }
 
 /// Four workers, one of which holds 2,048 tokens that every other request begins with; no row ever runs.
-fn scheduler(policy: PolicyName, guard: bool) -> Scheduler {
+fn scheduler(policy: PolicyName, guard: Guarding) -> Scheduler {
     let block_size = BlockSize::new(SIZE as u32).expect("not zero");
     let model = ModelSpec { digest: "m".into(), tokenizer: "t".into(), block_size, vocab: 10_000 };
     let config = Config { policy, mode: Mode::Slice, slice_len: None, seed: 0, max_rows: 1000 };
@@ -193,7 +193,7 @@ fn scheduler(policy: PolicyName, guard: bool) -> Scheduler {
 #[test]
 fn the_scheduler_guards_and_its_records_explain_it() {
     for policy in [PolicyName::Product, PolicyName::ProductAnticipating] {
-        let scheduler = scheduler(policy, true);
+        let scheduler = scheduler(policy, Guarding::Filter);
         let hotspots = scheduler.hotspots().expect("a guard");
         assert!(hotspots.alarms >= 1 && hotspots.filtered >= 1, "{policy}: {hotspots:?}");
         let was_filtered = |decision: &&Decision| decision.guard.is_some_and(|sighting| sighting.filtered);
@@ -218,7 +218,82 @@ fn the_scheduler_guards_and_its_records_explain_it() {
         );
         assert_eq!(last.seconds_a_token() > 0.0, anticipating);
     }
-    let unguarded = self::scheduler(PolicyName::Product, false);
+    let unguarded = self::scheduler(PolicyName::Product, Guarding::Off);
     assert_eq!(unguarded.hotspots(), None);
     assert!(unguarded.decisions().all(|decision| decision.guard.is_none()));
+}
+
+/// Whoever only asks gets the answer that he would get if he meant it, and the next decision is what it would be without him.
+#[test]
+fn questions_move_neither_the_guard_nor_the_rate() {
+    for policy in [PolicyName::Product, PolicyName::ProductAnticipating] {
+        let mut fleets = [0, 1].map(|_| Fleet { policy, ..Fleet::new(8, 1000) });
+        for at in 0..600u64 {
+            let prompt = if at % 2 == 0 { prompt(1, 512, at, 2) } else { prompt(0, 0, at, 60) };
+            let now = Micros(at * 300_000);
+            for fleet in &mut fleets {
+                fleet.router.advance(now);
+            }
+            let [asked, left_alone] = &mut fleets;
+            let questions =
+                [0, 1].map(|_| asked.router.route(prompt.clone(), &*policy.policy(0), false).expect("a worker"));
+            let (meant, alone) = (asked.takes(prompt.clone()), left_alone.takes(prompt));
+            assert_eq!(meant, alone);
+            for question in questions {
+                assert_eq!((question.id, question), (None, Choice { id: None, ..meant.clone() }));
+            }
+        }
+        let [one, other] = fleets.map(|fleet| fleet.router.hotspots().expect("a guard"));
+        assert!(one.filtered > 0 && one == other, "{one:?} {other:?}");
+    }
+    let explained = |times: usize| {
+        let mut scheduler = scheduler(PolicyName::ProductAnticipating, Guarding::Filter);
+        let prompt: Vec<u32> = (0..2048).collect();
+        // even of a time to come
+        (0..times).for_each(|_| drop(scheduler.route(Micros(900_000_000), &prompt, BlockHash(0))));
+        let decision = scheduler.route(Micros(8_000_000), &prompt, BlockHash(0)).expect("a worker");
+        (decision, scheduler.hotspots())
+    };
+    assert_eq!(explained(0), explained(100));
+}
+
+/// Rows that come back are placed again, with the guard: what it says it did is what its records say.
+#[test]
+fn rows_of_a_lost_worker_are_guarded_and_told() {
+    let mut scheduler = scheduler(PolicyName::Product, Guarding::Filter);
+    let before = scheduler.decisions().count();
+    let mut actions = Vec::new();
+    scheduler.handle(Micros(9_000_000), Event::WorkerLost { worker: WorkerId(0), epoch: Epoch(1) }, &mut actions);
+    let told: Vec<Decision> = scheduler.decisions().cloned().collect();
+    let again = &told[before..];
+    let was_filtered = |decision: &&Decision| decision.guard.is_some_and(|sighting| sighting.filtered);
+    assert!(again.iter().any(|decision| was_filtered(&decision)), "of {} that were placed again", again.len());
+    assert_eq!(scheduler.hotspots().expect("a guard").filtered, told.iter().filter(was_filtered).count() as u64);
+    assert!(told.iter().all(|decision| decision.recompute() == Some(decision.worker)));
+    // the window has each request once
+    assert!(told.iter().filter_map(|decision| decision.guard).all(|sighting| sighting.window <= 64));
+}
+
+/// What watches decides as nobody does, and sees more than it would if holders were filtered.
+#[test]
+fn a_watch_sees_the_burst_as_it_is_without_a_guard() {
+    let burst = |guarding: Guarding| {
+        let mut fleet = Fleet::new(16, 256);
+        fleet.router = Router::new(BlockSize::new(SIZE as u32).expect("not zero")).with_guard(guarding);
+        (0..16).for_each(|slot| fleet.router.add_worker(&slot.to_string(), None).expect("a new name"));
+        let next = |at| if at % 2 == 0 && at >= 256 { prompt(1, 512, at, 2) } else { prompt(0, 0, at, 60) };
+        let choices: Vec<Choice> = (0..1500).map(|at| fleet.takes(next(at))).collect();
+        (choices, fleet.router.hotspots())
+    };
+    let (bare, none) = burst(Guarding::Off);
+    let (watched, seen) = burst(Guarding::Watch);
+    let (_, filtered) = burst(Guarding::Filter);
+    assert_eq!(none, None);
+    let (seen, filtered) = (seen.expect("a guard"), filtered.expect("a guard"));
+    assert!(seen.alarms >= 1 && seen.filtered == 0 && seen.filtering == 0 && filtered.filtered >= 1, "{seen:?}");
+    let alarm = |choice: &Choice| choice.guard.is_some_and(|sighting| sighting.alarm && !sighting.filtered);
+    assert!(watched.iter().filter(|choice| alarm(choice)).count() > 100, "nobody ends it");
+    for (bare, watched) in bare.into_iter().zip(watched) {
+        assert_eq!(bare, Choice { guard: None, ..watched });
+    }
 }

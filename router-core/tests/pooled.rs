@@ -7,7 +7,7 @@ use std::sync::Arc;
 use common::{Pool, W, errors, has, key, model, plans, pool_of, spec};
 use router_core::{
     Action, BlockHash, Blocks, Config, Event, Keep, Layout, Micros, Mode, NewRequest, Plan, PlanNo, PolicyName, Pooled,
-    Refusal, RequestId, Scheduler, Tokens, WorkerMessage, WorkerSpec,
+    Refusal, RequestId, Scheduler, Tokens, WorkerId, WorkerMessage, WorkerSpec,
 };
 
 /// A pool with one ready worker of 64 blocks and 8 rows.
@@ -67,6 +67,50 @@ fn at_sequence_level_a_batch_runs_to_its_last_row_and_the_next_is_all_that_came(
     pool.draws(key(1, 0), 0, &[5; 10]);
     let actions = pool.reports(PlanNo(1), None, &[]);
     assert_eq!(plans(&actions).iter().map(|plan| added(plan)).collect::<Vec<_>>(), [[2, 3]]);
+}
+
+#[test]
+fn at_sequence_level_rows_are_dealt_in_turn_and_wait_for_their_worker() {
+    let mut pool = pooled(Pooled::sls(), None);
+    let other = WorkerId(1);
+    pool.event(Event::WorkerJoined { worker: other, spec: spec() });
+    let synced = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] };
+    pool.event(Event::Worker { worker: other, epoch: spec().epoch, seq: 1, message: synced });
+    let to = |actions: &[Action]| -> Vec<(WorkerId, Vec<u64>)> {
+        let plan = |action: &Action| match action {
+            Action::Plan(id, plan) => Some((*id, added(plan))),
+            _ => None,
+        };
+        actions.iter().filter_map(plan).collect()
+    };
+    assert_eq!(to(&pool.arrive(1)), [(W, vec![1])]);
+    assert_eq!(to(&pool.arrive(2)), [(other, vec![2])]);
+    assert!((3..=6).all(|id| to(&pool.arrive(id)).is_empty()));
+    pool.event(Event::Cancelled { request: RequestId(5), choice: None });
+    pool.draws(key(1, 0), 0, &[5; 10]);
+    // 4 and 6 are the other's, although this one could have them
+    assert_eq!(to(&pool.reports(PlanNo(1), None, &[])), [(W, vec![3])]);
+    pool.draws(key(3, 0), 0, &[5; 10]);
+    assert!(to(&pool.reports(PlanNo(2), None, &[])).is_empty());
+    // until it is gone
+    let actions = pool.event(Event::WorkerLost { worker: other, epoch: spec().epoch });
+    assert_eq!(to(&actions), [(W, vec![2, 4, 6])]);
+}
+
+#[test]
+fn what_a_draining_worker_had_in_turn_goes_elsewhere() {
+    let mut pool = pooled(Pooled::sls(), None);
+    pool.arrive(1);
+    pool.arrive(2);
+    // nobody else is there: it goes on where it is allowed to finish
+    assert!(plans(&pool.event(Event::WorkerDraining { worker: W })).is_empty());
+    let other = WorkerId(1);
+    pool.event(Event::WorkerJoined { worker: other, spec: spec() });
+    let synced = WorkerMessage::Snapshot { chunk: 0, last: true, hashes: vec![] };
+    pool.event(Event::Worker { worker: other, epoch: spec().epoch, seq: 1, message: synced });
+    pool.draws(key(1, 0), 0, &[5; 10]);
+    let actions = pool.reports(PlanNo(1), None, &[]);
+    assert_eq!(plans(&actions).iter().map(|plan| added(plan)).collect::<Vec<_>>(), [[2]]);
 }
 
 #[test]

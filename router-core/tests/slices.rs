@@ -187,20 +187,27 @@ fn s_is_halved_before_a_row_loses_its_kv() {
 
 #[test]
 fn a_prompt_longer_than_a_chunk_goes_at_the_pace_of_the_streams_beside_it() {
-    // A step of five rows takes 9 ms, a token 0.1 ms. Many chunks: 90 tokens, in whole blocks. Some: three times as long.
-    for (prompt, budget) in [(32_000, 80), (17 * 512, 80), (16 * 512, 256), (2_000, 256)] {
-        let mut pool = pool_of(
-            Some(32),
-            WorkerSpec { blocks: Blocks(4096), max_context: Tokens(40_000), cost: Some(cost()), ..spec() },
-        );
-        for id in 1..=4 {
-            asks(&mut pool, arrival(id, 20, 900));
+    // A step of five rows takes 9 ms, a token 0.1 ms. Many chunks: 90 tokens, in whole blocks. Some: the root of 9 and 200 ms, or
+    // of 9 and 819, which is more than a chunk. What a chunk costs whatever is in it changes nothing.
+    for (prompt, budget) in [(32_000, 80), (17 * 512, 80), (16 * 512, 512), (2_000, 416)] {
+        for constant in [0.0, 3e-3] {
+            let CostModel::Paged { prefill, step } = cost() else { panic!("it is paged") };
+            let cost = Some(CostModel::Paged { prefill: PagedPrefill { constant, ..prefill }, step });
+            let spec = WorkerSpec { blocks: Blocks(4096), max_context: Tokens(40_000), cost, ..spec() };
+            let mut pool = pool_of(Some(32), spec);
+            for id in 1..=4 {
+                asks(&mut pool, arrival(id, 20, 900));
+            }
+            let actions = asks(&mut pool, arrival(5, 500, 10));
+            assert_eq!(
+                newest(&actions).add.last().expect("row 5").prefill_budget,
+                Tokens(0),
+                "one chunk takes it whole"
+            );
+            let actions = asks(&mut pool, arrival(6, prompt, 10));
+            let start = newest(&actions).add.last().expect("row 6");
+            assert_eq!((start.key, start.prefill_budget), (key(6, 0), Tokens(budget)), "{prompt}");
         }
-        let actions = asks(&mut pool, arrival(5, 500, 10));
-        assert_eq!(newest(&actions).add.last().expect("row 5").prefill_budget, Tokens(0), "one chunk takes it whole");
-        let actions = asks(&mut pool, arrival(6, prompt, 10));
-        let start = newest(&actions).add.last().expect("row 6");
-        assert_eq!((start.key, start.prefill_budget), (key(6, 0), Tokens(budget)), "{prompt}");
     }
 }
 

@@ -493,6 +493,55 @@ mod tests {
     }
 
     #[test]
+    fn a_decision_tells_what_the_guard_saw() {
+        let candidate = |slot: u32| router_core::Candidate {
+            worker: WorkerId(slot),
+            filtered: slot == 1,
+            ..router_core::Candidate::default()
+        };
+        let sighting = Sighting {
+            class: BlockHash(9),
+            depth: Blocks(8),
+            requests: 7,
+            window: 6,
+            workers: 5,
+            holders: 4,
+            alarm: true,
+            preferred: false,
+            filtered: true,
+        };
+        let decided = Decision {
+            id: router_core::DecisionId(1),
+            at: Micros(2),
+            row: None,
+            tokens: Tokens(3),
+            policy: router_core::PolicyName::ProductAnticipating,
+            seed: 4,
+            turn: 5,
+            anticipation: router_core::Anticipation { arrivals: 6, prefill: 7 },
+            guard: Some(sighting),
+            candidates: vec![candidate(0), candidate(1)],
+            scores: vec![1 << 100, 2],
+            worker: WorkerId(0),
+        };
+        let said = decision(&decided, |worker| worker.0.to_string());
+        let hotspot = proto::Hotspot {
+            block_hash: 9,
+            blocks: 8,
+            requests: 7,
+            window: 6,
+            workers: 5,
+            holders: 4,
+            alarm: true,
+            preferred: false,
+            filtered: true,
+        };
+        assert_eq!((said.hotspot, said.arrivals, said.prefill_time), (Some(hotspot), 6, 7));
+        assert_eq!(said.candidates.iter().map(|one| one.filtered).collect::<Vec<_>>(), [false, true]);
+        assert_eq!((said.candidates[0].score_high, said.candidates[0].score_low), (1 << 36, 0));
+    }
+
+    #[test]
     fn texts_are_cut_between_characters() {
         assert_eq!(clipped("é"), "é");
         assert_eq!(clipped(&"é".repeat(501)).chars().count(), 501);

@@ -202,7 +202,7 @@ impl Default for Metrics {
             ),
             hotspots_filtering: register!(
                 "hotspots_filtering",
-                "of these, those that rows are kept from the holders of",
+                "those of them whose holders are kept free of further rows",
                 Family::default()
             ),
             clock_jumps: register!("clock_jumps", "events with a time before that of the last", Family::default()),

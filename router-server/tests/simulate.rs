@@ -3,6 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -54,6 +55,12 @@ fn shared(requests: u64) -> String {
     format!("{{\"trace\": \"shared\", \"block_size\": 16}}\n{}\n", lines.join("\n"))
 }
 
+fn gzipped(bytes: &[u8]) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(bytes).unwrap();
+    packed.finish().unwrap()
+}
+
 fn smoke() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../bench/traces/mooncake_conversation_smoke.jsonl.gz")
 }
@@ -74,6 +81,11 @@ fn bad_input_is_one_line_and_exit_code_2() {
     let device = folder.file("device.toml", b"kv = 0\n");
     let plain = folder.file("plain", b"");
     let out = format!("{plain}/out");
+    // a hundred million empty lines, in as many bytes as a page
+    let bomb = folder.file("bomb.jsonl.gz", &gzipped(&vec![b'\n'; 100 << 20]));
+    let nul = folder.file("nul.jsonl", &[0; 4096]);
+    let deep = folder.file("deep.jsonl", "{\"arrival_s\":".repeat(100_000).as_bytes());
+    let long = folder.file("long.jsonl", &vec![b'x'; 10_000_000]);
     let cases: &[(&[&str], &str)] = &[
         (&["--trace", &truncated], "gzip"),
         (&["--trace", &columns], "GeneratedTokens"),
@@ -98,6 +110,23 @@ fn bad_input_is_one_line_and_exit_code_2() {
         (&["--synthetic", "sharegpt-like"], "--rate"),
         (&[], "--trace"),
         (&["--validate", &good], "good.jsonl"),
+        (&["--validate", &good, "--out", &plain], "--validate writes no files"),
+        (&["--validate", "/dev/zero"], "bytes"),
+        (&["--trace", &good, "--cost-model", "/dev/zero"], "bytes"),
+        (&["--trace", &good, "--workers", "-1"], "workers must be a whole number of at least 1: -1"),
+        (&["--trace", &good, "--delay-ms", "-1,2"], "delay-ms must be a number, 0 or more: -1"),
+        (&["--trace", &good, "--window", "-5:9"], "window"),
+        (&["--trace", &good, "--noise", "1e300"], "noise must be at most 2"),
+        (&["--trace", &good, "--out", &plain], "cannot write to"),
+        (&["--trace", &good, "--out", "/proc/none"], "cannot write to /proc/none"),
+        (&["--trace", &good, "--rate-scale", "1e300"], "rate-scale must be at most"),
+        (&["--trace", &good, "--seeds", "1000000"], "a grid of 1000000 runs"),
+        (&["--synthetic", "agents", "--rate", "1e6", "--seconds", "1e6"], "more than 10 million requests"),
+        (&["--synthetic", "agents", "--rate", "1e12", "--seconds", "1e12"], "at most"),
+        (&["--trace", &bomb], "no requests"),
+        (&["--trace", &nul], "nul.jsonl"),
+        (&["--trace", &deep], "deep.jsonl"),
+        (&["--trace", &long], "long.jsonl"),
     ];
     for (args, part) in cases {
         let done = run(&[&["simulate"], *args].concat());
@@ -199,11 +228,69 @@ fn the_doctor_finds_a_burst_and_nothing_in_a_quiet_trace() {
     let done = run(&["doctor", "--trace", &crowded, "--workers", "8"]);
     let said = String::from_utf8(done.stdout).unwrap();
     assert_eq!(done.status.code(), Some(0));
-    assert!(said.contains("minutes break the safe condition"), "{said}");
+    assert!(said.contains("minutes break the safe condition") && said.contains("|M|"), "{said}");
     let out = folder.0.join("out");
     let quiet = smoke().display().to_string();
     let report = report(&["doctor", "--trace", &quiet, "--workers", "4", "--json", "--out", out.to_str().unwrap()]);
     assert!(report["verdict"].as_str().unwrap().starts_with("safe"), "{report}");
     assert!(report["minutes"].as_array().unwrap().iter().all(|minute| minute["safe"] == true), "{report}");
     assert!(fs::read(out.join("doctor.png")).unwrap().starts_with(b"\x89PNG"));
+}
+
+#[test]
+fn the_doctor_takes_hours_without_requests_for_nothing() {
+    let folder = Folder::new("hours");
+    let line = |at: f64| {
+        format!(r#"{{"arrival_s": {at}, "input_tokens": 64, "output_tokens": 2, "block_hashes": [1, 2, 3, 4]}}"#)
+    };
+    let text = format!("{{\"block_size\": 16}}\n{}\n{}\n", line(0.0), line(1e12));
+    let trace = folder.file("hours.jsonl", text.as_bytes());
+    let report = report(&["doctor", "--trace", &trace, "--json"]);
+    assert_eq!(report["minutes"].as_array().unwrap().len(), 2, "{report}");
+}
+
+#[test]
+fn two_runs_into_a_folder_leave_whole_files() {
+    let folder = Folder::new("both");
+    let trace = folder.file("shared.jsonl", shared(60).as_bytes());
+    let out = folder.0.join("out");
+    let args = ["simulate", "--trace", &trace, "--workers", "2", "--out", out.to_str().unwrap()];
+    let runs: Vec<_> = (0..4).map(|_| binary(&args).spawn().unwrap()).collect();
+    for run in runs {
+        let done = run.wait_with_output().unwrap();
+        assert_eq!(done.status.code(), Some(0), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+    let written: Value = serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
+    assert_eq!(written["runs"].as_array().unwrap().len(), 1);
+    let page = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
+    let left = fs::read_dir(&out).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let left: Vec<String> = left.filter(|name| name.starts_with('.')).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn what_has_run_is_told_where_its_folder_goes_away() {
+    let folder = Folder::new("gone");
+    let out = folder.0.join("out");
+    // a folder in the place of a file
+    fs::create_dir_all(out.join("report.html")).unwrap();
+    let trace = folder.file("shared.jsonl", shared(20).as_bytes());
+    let done = run(&["simulate", "--trace", &trace, "--out", out.to_str().unwrap()]);
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert_eq!((done.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("report.html"), "{said}");
+    assert!(String::from_utf8(done.stdout).unwrap().starts_with("shared"));
+}
+
+#[test]
+fn every_scheduler_has_its_host_time_and_moves() {
+    let folder = Folder::new("host");
+    let trace = folder.file("shared.jsonl", shared(60).as_bytes());
+    let args = ["simulate", "--trace", &trace, "--workers", "2", "--scheduler", "continuous,ils,slice,scls,sls@8"];
+    let report = report(&[&args[..], &["--json", "--host-ms", "3", "--start-ms", "1"]].concat());
+    for run in figures(&report) {
+        assert!(run["host_us_per_token"].as_f64().unwrap() > 0.0, "{run}");
+        assert_eq!(run["moves"].is_null(), run["scheduler"] == "continuous", "{run}");
+    }
 }

@@ -6,7 +6,7 @@
 
 use std::process::exit;
 
-use router_core::{Choice, Commit, Micros, Tokens};
+use router_core::{Choice, Commit, Guarding, Micros, Tokens};
 use router_sim::{Burst, Device, Fleet, Noise, Record, Run, Sessions, System, Trace, follow};
 
 const SECONDS: f64 = 60.0;
@@ -89,7 +89,11 @@ fn run(args: &[String]) -> Result<(), String> {
             let run = Run {
                 trace: &trace,
                 fleet,
-                system: System::Continuous { policy: policy.to_owned(), commit: Commit::Prefixes, guard },
+                system: System::Continuous {
+                    policy: policy.to_owned(),
+                    commit: Commit::Prefixes,
+                    guard: if guard { Guarding::Filter } else { Guarding::Off },
+                },
                 sessions: Sessions::Closed,
                 limit: u32::MAX,
                 seed,

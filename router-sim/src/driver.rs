@@ -466,6 +466,6 @@ impl Simulation {
 
 impl Connected {
     fn totals(&self) -> WorkerOutcome {
-        WorkerOutcome { evicted: self.worker.evicted(), ..self.totals }
+        WorkerOutcome { evicted: self.worker.evicted(), host: self.worker.host(), ..self.totals }
     }
 }

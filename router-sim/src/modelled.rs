@@ -85,6 +85,11 @@ impl Modelled {
         both!(self, worker => worker.iterations())
     }
 
+    /// Host time that the device has waited for.
+    pub fn host(&self) -> Micros {
+        both!(self, worker => worker.host())
+    }
+
     /// Computed tokens whose KV was given up with their rows unfinished: they are computed again.
     pub fn evicted(&self) -> Tokens {
         both!(self, worker => worker.evicted())

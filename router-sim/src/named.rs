@@ -1,12 +1,12 @@
 //! The name that was meant.
 
+use router_core::nearest;
+
 /// A hint for an unknown name: the one most like it, or all where none is.
 pub(crate) fn hint(name: &str, known: &[&str]) -> String {
-    const ALIKE: f64 = 0.7;
-    let alike = known.iter().map(|one| (*one, strsim::jaro_winkler(&name.to_lowercase(), one)));
-    match alike.max_by(|one, other| one.1.total_cmp(&other.1)) {
-        Some((one, likeness)) if likeness >= ALIKE => format!("did you mean {one}?"),
-        _ => format!("known are: {}", known.join(", ")),
+    match nearest(&name.to_lowercase(), known.iter().copied()) {
+        Some(one) => format!("did you mean {one}?"),
+        None => format!("known are: {}", known.join(", ")),
     }
 }
 

@@ -13,6 +13,8 @@ pub struct WorkerOutcome {
     pub busy: Micros,
     /// Between slices, and their starts.
     pub idle: Micros,
+    /// Host time that the device waited for: of slice starts, and of iterations beyond their law.
+    pub host: Micros,
     /// Slices that ran.
     pub slices: u64,
     /// Of these, cut.
@@ -132,6 +134,7 @@ impl Outcome {
         self.workers.values().fold(WorkerOutcome::default(), |all, w| WorkerOutcome {
             busy: all.busy + w.busy,
             idle: all.idle + w.idle,
+            host: all.host + w.host,
             slices: all.slices + w.slices,
             cuts: all.cuts + w.cuts,
             early: all.early + w.early,

@@ -1,9 +1,10 @@
 //! One simulated run: a trace, a fleet, a way to schedule. All that `scls-router simulate`, the Python module and the figures
 //! do is made of these.
 
-use router_core::{BlockSize, Commit, Micros, Mode, PolicyName};
+use router_core::{BlockSize, Commit, Guarding, Micros, Mode, PolicyName};
 
 use crate::device::Device;
+use crate::random::{Random, mix};
 use crate::served::Record;
 use crate::timing::Noise;
 use crate::trace::Trace;
@@ -28,7 +29,7 @@ pub enum System {
         /// What a decision moves.
         commit: Commit,
         /// The core's hotspot guard.
-        guard: bool,
+        guard: Guarding,
     },
     /// The same engines and router, but decisions move nothing: Q and b are what engines said last. It shows what committing
     /// them is for.
@@ -56,7 +57,8 @@ pub struct Fleet {
     pub device: Device,
     /// How much slower than the device each is, by slot, repeated; empty: none.
     pub slow: Vec<f64>,
-    /// Of their iterations; each worker has a stream of its own.
+    /// Of their iterations; each worker has a stream of its own. Its bias is the sigma of what each worker draws for its
+    /// own: see [`Fleet::noise_of`].
     pub noise: Noise,
     /// How late what a worker says reaches the router.
     pub delay: Micros,
@@ -64,6 +66,18 @@ pub struct Fleet {
     pub lost: Vec<(Micros, u32)>,
     /// Workers that join, and when.
     pub joined: Vec<Micros>,
+}
+
+impl Fleet {
+    /// Of the worker in this slot, by the run's seed: its bias is drawn once, and how slow it is added.
+    pub fn noise_of(&self, slot: u32, seed: u64) -> Noise {
+        let Noise { sigma, bias, seed: own } = self.noise;
+        let seed = mix(seed ^ mix(own ^ mix(u64::from(slot) + 1)));
+        // drawn of another stream, so that iterations are as they would be without it
+        let drawn = if bias > 0.0 { bias * Random::new(!seed).normal() } else { 0.0 };
+        let factor = self.slow.get(slot as usize % self.slow.len().max(1)).copied().filter(|slow| *slow > 0.0);
+        Noise { sigma, bias: drawn + factor.map_or(0.0, f64::ln), seed }
+    }
 }
 
 /// What is run.
@@ -125,5 +139,93 @@ pub fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Result<Recor
     match run.system {
         System::Continuous { .. } | System::Uncommitted { .. } => crate::fleet::run(run, progress),
         System::Scheduled { .. } => crate::scheduled::run(run, progress),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use router_core::PolicyName;
+
+    use super::*;
+    use crate::trace::TraceRequest;
+    use crate::{Served, WorkerOutcome};
+
+    fn fleet(noise: Noise, workers: u32) -> Fleet {
+        let device = Device::named("13b-a100").expect("it is there");
+        let (slow, lost, joined) = (Vec::new(), Vec::new(), Vec::new());
+        Fleet { workers, device, slow, noise, delay: Micros::ZERO, lost, joined }
+    }
+
+    #[test]
+    fn each_worker_draws_its_own_bias() {
+        let noise = Noise { sigma: 0.0, bias: 0.3, seed: 1 };
+        let biased = fleet(noise, 1);
+        let drawn: Vec<f64> = (0..4000).map(|slot| biased.noise_of(slot, 1).bias).collect();
+        let mean = drawn.iter().sum::<f64>() / 4000.0;
+        let sigma = (drawn.iter().map(|bias| (bias - mean).powi(2)).sum::<f64>() / 4000.0).sqrt();
+        assert!(mean.abs() < 0.02 && (sigma - 0.3).abs() < 0.02, "{mean} {sigma}");
+        let again = biased.noise_of(7, 1);
+        assert!(again.bias.to_bits() == drawn[7].to_bits() && again.seed == biased.noise_of(7, 1).seed);
+        assert_ne!(biased.noise_of(7, 2).bias.to_bits(), drawn[7].to_bits(), "another run has other workers");
+        let slow = Fleet { slow: vec![1.0, 2.0], ..fleet(Noise::default(), 2) };
+        let wanted = [0.0, 2f64.ln(), 0.0].map(f64::to_bits);
+        assert_eq!([0, 1, 2].map(|slot| slow.noise_of(slot, 1).bias.to_bits()), wanted);
+    }
+
+    /// One request a worker, alone there, so that its time is the worker's alone; and what its devices waited for.
+    fn alone(system: System, bias: f64) -> (Vec<Served>, Vec<WorkerOutcome>) {
+        let one = |_| TraceRequest {
+            at: Micros::ZERO,
+            input: 64,
+            output: 40,
+            chain: (0, 0),
+            session: None,
+            turn: 0,
+            class: 0,
+        };
+        let trace = Trace { requests: (0..4).map(one).collect(), ..Trace::default() };
+        let fleet = fleet(Noise { bias, ..Noise::default() }, 4);
+        let (until, sample_every) = (Micros(u64::MAX), Micros::ZERO);
+        let asked =
+            Run { trace: &trace, fleet, system, sessions: Sessions::Closed, limit: 64, seed: 3, until, sample_every };
+        let record = run(&asked, &mut |_| true).expect("it runs");
+        (record.served, record.workers)
+    }
+
+    #[test]
+    fn both_systems_have_the_same_workers_and_count_the_host() {
+        let continuous =
+            || System::Continuous { policy: "least_requests".into(), commit: Commit::Prefixes, guard: Guarding::Off };
+        let slice = || System::Scheduled { mode: Mode::Slice, policy: PolicyName::LeastRequests, slice_len: Some(16) };
+        for system in [continuous, slice] as [fn() -> System; 2] {
+            let took = |bias| {
+                let (served, _) = alone(system(), bias);
+                let mut took: Vec<(u32, u64)> =
+                    served.iter().map(|one| (one.worker, one.ended.saturating_sub(one.arrived).0)).collect();
+                took.sort_unstable();
+                took
+            };
+            let (even, biased) = (took(0.0), took(0.5));
+            assert!(even.iter().all(|one| one.1 == even[0].1), "{even:?}");
+            let fleet = fleet(Noise { bias: 0.5, ..Noise::default() }, 4);
+            for ((worker, plain), (_, took)) in even.iter().zip(&biased) {
+                let factor = fleet.noise_of(*worker, 3).bias.exp();
+                let seen = *took as f64 / *plain as f64;
+                // what the host and the link take is not the device's
+                assert!(
+                    (seen - 1.0).signum() == (factor - 1.0).signum() && seen > factor.min(1.0) * 0.9,
+                    "{seen} {factor}"
+                );
+            }
+        }
+        let device = Device::named("13b-a100").expect("it is there");
+        let (_, workers) = alone(continuous(), 0.0);
+        // a prefill, which draws the first token, and 39 steps
+        assert!(workers.iter().all(|worker| worker.host.0 == 40 * device.host.0));
+        let (_, workers) = alone(slice(), 0.0);
+        let quiet = device.host.0.min(crate::Host::REPLAY.0);
+        for worker in workers {
+            assert_eq!(worker.host.0, device.host.0 + 39 * quiet + worker.slices * device.start.0);
+        }
     }
 }

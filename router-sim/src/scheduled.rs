@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Config, Epoch, Layout, Micros, Mode, ModelSpec, NewRequest, RequestId, Tokens,
+    BlockHash, BlockSize, Blocks, Config, Epoch, Layout, Micros, Mode, ModelSpec, Moves, NewRequest, RequestId, Tokens,
     WorkerId, WorkerSpec,
 };
 
@@ -12,7 +12,7 @@ use crate::driver::Simulation;
 use crate::random::{Random, mix};
 use crate::run::{Fleet, Run, RunError, Sessions, System};
 use crate::served::{Record, Sample};
-use crate::timing::{Host, Noise, Pace};
+use crate::timing::{Host, Pace};
 use crate::trace::{Trace, TraceRequest};
 
 const VOCAB: u32 = 1 << 16;
@@ -45,7 +45,7 @@ pub(crate) fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Resul
     // workers answer hello before the first request comes
     let ahead = LINK + LINK + fleet.delay + Micros(1);
     let joins = (0..fleet.workers).map(|_| Micros::ZERO).chain(fleet.joined.iter().map(|at| *at + ahead));
-    for (slot, at) in joins.enumerate() {
+    for (slot, at) in (0..).zip(joins) {
         let (spec, pace) = worker(fleet, mode, &model, slot, run.seed);
         sim.join(at, spec, pace);
     }
@@ -57,7 +57,7 @@ pub(crate) fn run(run: &Run<'_>, progress: &mut dyn FnMut(f64) -> bool) -> Resul
 }
 
 /// A worker of the mode's kind, and its pace.
-fn worker(fleet: &Fleet, mode: Mode, model: &ModelSpec, slot: usize, seed: u64) -> (WorkerSpec, Pace) {
+fn worker(fleet: &Fleet, mode: Mode, model: &ModelSpec, slot: u32, seed: u64) -> (WorkerSpec, Pace) {
     let device = &fleet.device;
     let h = device.host;
     let (layout, part, start, host) = match mode {
@@ -66,11 +66,7 @@ fn worker(fleet: &Fleet, mode: Mode, model: &ModelSpec, slot: usize, seed: u64) 
         // an iteration's host time is all that a plan an iteration costs
         Mode::Ils => (Layout::Paged, 1.0, Micros::ZERO, Host::every(h)),
     };
-    let slower = fleet.slow.get(slot % fleet.slow.len().max(1)).copied().unwrap_or(1.0);
-    let bias = fleet.noise.bias + slower.max(f64::MIN_POSITIVE).ln();
-    let stream = mix(seed ^ fleet.noise.seed).wrapping_add(slot as u64);
-    let noise = Noise { sigma: fleet.noise.sigma, bias, seed: stream };
-    let pace = Pace { start, ..device.pace(host) }.with_noise(noise);
+    let pace = Pace { start, ..device.pace(host) }.with_noise(fleet.noise_of(slot, seed));
     let spec = WorkerSpec {
         name: device.name.clone(),
         epoch: Epoch(1),
@@ -222,8 +218,9 @@ impl<'a> Arrivals<'a> {
     fn record(&self, mut sim: Simulation, samples: Vec<Sample>) -> Record {
         let end = sim.now().saturating_sub(self.ahead);
         sim.run(Micros::ZERO);
+        let Moves { drained, evicted, weighed, balanced } = sim.moves();
         let (outcome, ledger) = sim.into_parts();
-        let mut record = Record { samples, end, ..Record::default() };
+        let mut record = Record { samples, end, moves: drained + evicted + weighed + balanced, ..Record::default() };
         if let Some(mut ledger) = ledger {
             (record.served, record.rejected) = ledger.close();
             record.lanes = ledger.lanes;

@@ -36,6 +36,8 @@ pub struct Record {
     pub rejected: u64,
     /// Rows that began anew because their worker vanished.
     pub resent: u64,
+    /// Rows that moved although their worker was there: lost KV, or work weighed between workers.
+    pub moves: u64,
     /// Workers by slot.
     pub workers: Vec<WorkerOutcome>,
     /// Rows of each worker's batch (b, waiting ones included) and its queued prefill tokens, sampled at equal times.

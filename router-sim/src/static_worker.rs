@@ -97,6 +97,11 @@ impl StaticWorker {
         self.dropped
     }
 
+    /// Host time that the device has waited for.
+    pub fn host(&self) -> Micros {
+        self.clock.host()
+    }
+
     /// When the iteration under way ends.
     pub fn next_wake(&self) -> Option<Micros> {
         self.running.as_ref().map(|batch| batch.ends)
@@ -253,7 +258,7 @@ impl StaticWorker {
             batch.decode += took;
             took
         };
-        let lead = std::mem::take(&mut batch.lead);
+        let lead = self.clock.waits(std::mem::take(&mut batch.lead));
         batch.idle += lead;
         batch.ends = now + lead + took;
     }

@@ -4,7 +4,7 @@
 //! after that. Rates are over the time from there to the last arrival, or to the end of the run if that is sooner: what
 //! comes after the last arrival says how a fleet drains, not what it serves.
 
-use router_core::{Micros, Mode};
+use router_core::Micros;
 use serde_json::{Map, Value, json};
 
 use crate::run::{Run, System};
@@ -88,7 +88,7 @@ pub struct Summary {
     pub spread: f64,
     /// Tokens, slices and rows that [`Record::workers`] counts, as they are written in reports.
     pub counts: Vec<(&'static str, Option<f64>)>,
-    /// Seconds of host time that devices waited for, a token; `None` where it depends on what was in each iteration.
+    /// Seconds of host time that devices waited for, a token; `None` where there is none.
     pub host_per_token: Option<f64>,
     /// When the run was over.
     pub end: f64,
@@ -130,7 +130,8 @@ impl Summary {
         let dist = |of: &dyn Fn(&Served) -> Option<f64>| Dist::of(measured.iter().filter_map(|one| of(one)).collect());
         let finished = measured.iter().filter(|one| one.ended > Micros::ZERO).count() as u64;
         let ends = || record.served.iter().filter(|one| one.ended > Micros::ZERO && window.holds(one.ended));
-        let per_second = |count: f64| if window.seconds() > 0.0 { count / window.seconds() } else { 0.0 };
+        // a sum of nothing is -0
+        let per_second = |count: f64| if window.seconds() > 0.0 { count / window.seconds() + 0.0 } else { 0.0 };
         let begun = || measured.iter().filter(|one| one.first > Micros::ZERO);
         let prompts: u64 = begun().map(|one| u64::from(input(run, one))).sum();
         let hits: u64 = begun().map(|one| u64::from(one.hit)).sum();
@@ -158,7 +159,7 @@ impl Summary {
             imbalance: [imbalance(samples().map(|s| &s.batch_size)), imbalance(samples().map(|s| &s.queued))],
             spread: deviation(record.workers.iter().map(|worker| seconds(worker.completed))),
             counts: counts(run, record, &measured),
-            host_per_token: host(run, record),
+            host_per_token: host(record),
             end: seconds(record.end),
         }
     }
@@ -237,24 +238,16 @@ fn counts(run: &Run<'_>, record: &Record, measured: &[&Served]) -> Vec<(&'static
         ("evicted", Some(workers(|w| w.evicted.0))),
         ("preempted", (!slices).then_some(preempted as f64)),
         ("resent", Some(record.resent as f64)),
+        ("moves", slices.then_some(record.moves as f64)),
         ("alarms", Some(record.guard.alarms as f64)),
         ("filtered", Some(record.guard.filtered as f64)),
     ]
 }
 
-/// Engines that plan every iteration pay for each; the pooled modes for each slice too. Of slices that are cut and joined it
-/// depends on which iterations had a prefill.
-fn host(run: &Run<'_>, record: &Record) -> Option<f64> {
-    let device = &run.fleet.device;
-    let sum = |of: fn(&crate::WorkerOutcome) -> u64| record.workers.iter().map(of).sum::<u64>() as f64;
-    let slices = match run.system {
-        System::Continuous { .. } | System::Uncommitted { .. } | System::Scheduled { mode: Mode::Ils, .. } => 0.0,
-        System::Scheduled { mode: Mode::Pooled(_), .. } => sum(|w| w.slices),
-        System::Scheduled { mode: Mode::Slice, .. } => return None,
-    };
+fn host(record: &Record) -> Option<f64> {
     let tokens: u64 = record.served.iter().map(|one| u64::from(one.output)).sum();
-    let host = seconds(device.host) * sum(|w| w.iterations) + seconds(device.start) * slices;
-    (tokens > 0).then(|| host / tokens as f64)
+    let host = record.workers.iter().fold(Micros::ZERO, |sum, worker| sum + worker.host);
+    (tokens > 0).then(|| seconds(host) / tokens as f64)
 }
 
 fn seconds(time: Micros) -> f64 {
@@ -303,7 +296,7 @@ pub fn thinned(samples: &[Sample], points: usize) -> impl Iterator<Item = &Sampl
 
 #[cfg(test)]
 mod tests {
-    use router_core::{Commit, Tokens};
+    use router_core::{Commit, Guarding, Tokens};
 
     use super::*;
     use crate::run::{Fleet, Sessions};
@@ -333,7 +326,7 @@ mod tests {
             lost: vec![],
             joined: vec![],
         };
-        let system = System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: false };
+        let system = System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: Guarding::Off };
         let until = Micros(u64::MAX);
         let sessions = Sessions::Closed;
         Run { trace, fleet, system, sessions, limit: 10, seed: 1, until, sample_every: Micros(1_000_000) }
@@ -429,6 +422,7 @@ mod tests {
         let summary = Summary::of(&run(&nothing), &Record::default(), 0.2, None);
         near(summary.throughput, 0.0);
         near(summary.spread, 0.0);
+        assert!(!format!("{:?}", summary.figures()).contains("-0"), "{:?}", summary.figures());
     }
 
     #[test]

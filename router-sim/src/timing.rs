@@ -95,10 +95,14 @@ impl Host {
         Self { quiet, chunk: h }
     }
 
-    /// In an iteration of so many prefill tokens, in seconds.
+    /// In an iteration of so many prefill tokens.
+    const fn of(self, prefill: u64) -> Micros {
+        if prefill > 0 { self.chunk } else { self.quiet }
+    }
+
+    /// The same in seconds.
     fn seconds(self, prefill: u64) -> f64 {
-        let time = if prefill > 0 { self.chunk } else { self.quiet };
-        time.0 as f64 * 1e-6
+        self.of(prefill).0 as f64 * 1e-6
     }
 }
 
@@ -240,11 +244,17 @@ pub(crate) struct Clock {
     pace: Pace,
     random: Random,
     slice: f64,
+    host: Micros,
 }
 
 impl Clock {
     pub(crate) fn new(pace: Pace) -> Self {
-        Self { random: Random::new(pace.noise.seed), slice: pace.noise.bias.exp(), pace }
+        Self { random: Random::new(pace.noise.seed), slice: pace.noise.bias.exp(), pace, host: Micros::ZERO }
+    }
+
+    /// Host time that the device has waited for so far: of slice starts, and beyond the law of iterations.
+    pub(crate) fn host(&self) -> Micros {
+        self.host
     }
 
     pub(crate) fn chunk(&self) -> u64 {
@@ -260,6 +270,12 @@ impl Clock {
         self.pace.start
     }
 
+    /// The first iteration of a slice begins: what its start costs is waited for now. A slice without one exposes nothing.
+    pub(crate) fn waits(&mut self, start: Micros) -> Micros {
+        self.host += start;
+        start
+    }
+
     pub(crate) fn iteration(&mut self, it: &Iteration) -> Micros {
         let seconds = match &self.pace.law {
             Law::Linear(model) => model.iteration(it),
@@ -267,6 +283,7 @@ impl Clock {
         };
         let sigma = 2.0 * self.pace.noise.sigma;
         let step = if sigma > 0.0 { (sigma * self.random.normal()).exp() } else { 1.0 };
+        self.host += self.pace.host.of(it.prefill);
         micros(seconds * self.slice * step + self.pace.host.seconds(it.prefill))
     }
 }
@@ -304,6 +321,7 @@ mod tests {
             let mut slow = Clock::new(Pace::from(timing).with_host(host).with_noise(noise));
             assert_eq!([decode, chunk].map(|it| clock.iteration(&it).0), wanted);
             assert_eq!([decode, chunk].map(|it| slow.iteration(&it).0), wanted.map(|time| time + 1_000));
+            assert_eq!([clock.host().0, slow.host().0], [wanted[0] + wanted[1] - 2_000; 2]);
         }
     }
 

@@ -152,6 +152,11 @@ impl SliceWorker {
         self.evicted
     }
 
+    /// Host time that the device has waited for.
+    pub fn host(&self) -> Micros {
+        self.clock.host()
+    }
+
     /// When the iteration under way ends.
     pub fn next_wake(&self) -> Option<Micros> {
         self.running.as_ref().map(|batch| batch.ends)
@@ -405,7 +410,7 @@ impl SliceWorker {
         } else {
             batch.decode += took;
         }
-        let lead = std::mem::take(&mut batch.lead);
+        let lead = self.clock.waits(std::mem::take(&mut batch.lead));
         batch.idle += lead;
         batch.iteration = iteration;
         batch.ends = now + lead + took;

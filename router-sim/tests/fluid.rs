@@ -5,7 +5,7 @@
 //! others while `r < rho = L/u`; past that the class spills, and every spill makes one more holder, so that it settles at no
 //! fewer than `m* = ceil(nx / (x + rho(1-x)))`.
 
-use router_core::{BlockHash, BlockSize, Choice, Commit, Micros, Tokens};
+use router_core::{BlockHash, BlockSize, Choice, Commit, Guarding, Micros, Tokens};
 use router_sim::{Device, Fleet, Law, Noise, Norm, Random, Run, Sessions, System, Trace, TraceRequest, follow};
 
 const WORKERS: u32 = 16;
@@ -55,7 +55,7 @@ fn measured(seed: u64, x: f64, rho: u32, mean: u32) -> (u32, f64, f64) {
     let run = Run {
         trace: &trace,
         fleet,
-        system: System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: false },
+        system: System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: Guarding::Off },
         sessions: Sessions::Open,
         limit: output,
         seed,

@@ -1,6 +1,6 @@
 //! A hotspot burst in front of modelled engines: the guard trips, the class spreads, the alarm clears.
 
-use router_core::{Choice, Commit, Micros, Tokens};
+use router_core::{Choice, Commit, Guarding, Micros, Tokens};
 use router_sim::{
     Burst, Device, Fleet, GuardCounts, Noise, Random, Record, Run, Sessions, System, Trace, TraceRequest, follow,
 };
@@ -20,7 +20,7 @@ fn background(seed: u64) -> Trace {
 }
 
 /// The run, and what the guard saw of the burst: holders, alarm, filtered, in order.
-fn run(trace: &Trace, guard: bool) -> (Record, Vec<(u32, bool, bool)>) {
+fn run(trace: &Trace, guard: Guarding) -> (Record, Vec<(u32, bool, bool)>) {
     let fleet = Fleet {
         workers: 16,
         device: Device::named("7b-h20").expect("it comes with the simulator"),
@@ -59,13 +59,13 @@ fn p99(record: &Record, trace: &Trace, class: u16) -> f64 {
 #[test]
 fn property_5_a_burst_trips_the_guard_and_the_alarm_clears() {
     let quiet = background(1);
-    assert_eq!(run(&quiet, true).0.guard, GuardCounts::default(), "who shares nothing is no class");
+    assert_eq!(run(&quiet, Guarding::Filter).0.guard, GuardCounts::default(), "who shares nothing is no class");
     let (shared, own, output) = (Tokens(8192), Tokens(32), Tokens(100));
     // as many again, and one prefix: half of all
     let burst = Burst { from: 10.0, seconds: 25.0, rate: 60.0, shared, own, output };
     let trace = quiet.with_burst(&burst, 2).expect("a burst");
-    let (bare, _) = run(&trace, false);
-    let (guarded, seen) = run(&trace, true);
+    let (bare, _) = run(&trace, Guarding::Off);
+    let (guarded, seen) = run(&trace, Guarding::Filter);
     assert!(guarded.served.iter().all(|row| row.ended > Micros::ZERO));
     let alarm = seen.iter().position(|(_, alarm, _)| *alarm).expect("an alarm");
     let filtered = seen.iter().position(|(_, _, filtered)| *filtered).expect("it trips");

@@ -23,7 +23,7 @@ use self::lru::Lru;
 pub use self::prompt::Prompt;
 use crate::anticipation::{Anticipation, Arrivals, PrefillTime};
 use crate::block::{BlockHash, new_tokens};
-use crate::guard::{Guard, Hotspots, Sighting};
+use crate::guard::{Guard, Guarding, Hotspots, Sighting};
 use crate::ids::{DecisionId, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
 use crate::policy::{Candidate, Policy, View, least};
@@ -216,10 +216,11 @@ impl Router {
         Self { commits, ..self }
     }
 
-    /// With the hotspot guard, or without. It sees what is committed from here on, and nothing of what was before.
+    /// With a hotspot guard that does this; at first there is none. It sees what is committed from here on, and nothing of what
+    /// was before.
     #[must_use]
-    pub fn with_guard(self, on: bool) -> Self {
-        Self { guard: on.then(Guard::default), ..self }
+    pub fn with_guard(self, guarding: Guarding) -> Self {
+        Self { guard: Guard::new(guarding), ..self }
     }
 
     /// What the hotspot guard has seen and done; `None` without one.
@@ -284,14 +285,16 @@ impl Router {
         let mut choice = Choice { id: None, seen, scores, at: at.unwrap_or(best), guard };
         if commit {
             if let Some(guard) = &mut self.guard {
-                guard.observe(prompt.chain(), want, choice.guard.as_ref());
+                guard.decided(choice.guard.as_ref());
+                guard.count(prompt.chain(), want);
             }
             choice.id = Some(self.commit(prompt, *choice.chosen()));
         }
         Ok(choice)
     }
 
-    /// One after another, each decision counted before the next is made. If one fails, none was made.
+    /// One after another, each decision counted before the next is made. If one fails, none was made; that the prompts before it
+    /// were asked for stays known.
     pub fn route_many<E: From<RouterError>>(
         &mut self,
         prompts: Vec<Prompt>,

@@ -22,7 +22,7 @@ use crate::constants::BALANCED_WORKERS;
 use crate::cost::Estimator;
 use crate::decision::{Decision, Decisions};
 use crate::event::{Action, Event};
-use crate::guard::{Guard, Hotspots};
+use crate::guard::{Guard, Guarding, Hotspots};
 use crate::ids::{RequestId, RowId, RowKey, WorkerId};
 use crate::index::{BlockTrie, PrefixIndex};
 use crate::mode::Mode;
@@ -134,7 +134,7 @@ impl Scheduler {
             jumps: 0,
             doubtful: 0,
             decisions: Decisions::new(LATEST),
-            guard: Some(Guard::default()),
+            guard: Guard::new(Guarding::Filter),
             latest: Arrivals::default(),
             ready: 0,
             batches: VecDeque::new(),
@@ -148,10 +148,10 @@ impl Scheduler {
         }
     }
 
-    /// With the hotspot guard, which is there unless this says otherwise.
+    /// With a hotspot guard that does this; unless this says otherwise it filters.
     #[must_use]
-    pub fn with_guard(self, on: bool) -> Self {
-        Self { guard: on.then(Guard::default), ..self }
+    pub fn with_guard(self, guarding: Guarding) -> Self {
+        Self { guard: Guard::new(guarding), ..self }
     }
 
     /// What the hotspot guard has seen and done; `None` without one.

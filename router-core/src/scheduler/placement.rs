@@ -44,12 +44,15 @@ impl Scheduler {
         let Some(decision) = self.decide(now, Some(id), tokens, total, &chain) else { return false };
         let Some(chosen) = decision.chosen().copied() else { return false };
         self.turn += 1;
-        // what comes back was counted when it came
+        if let Some(guard) = &mut self.guard {
+            guard.decided(decision.guard.as_ref());
+            // what comes back was counted when it came
+            if first {
+                guard.count(&chain, self.ready);
+            }
+        }
         if first {
             self.latest.observe(now);
-            if let Some(guard) = &mut self.guard {
-                guard.observe(&chain, self.ready, decision.guard.as_ref());
-            }
         }
         self.decisions.push(decision);
         self.settle(now, id, chosen.worker, chosen.new_tokens, actions);

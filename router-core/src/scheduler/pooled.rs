@@ -1,6 +1,7 @@
 //! The pooled family of the SCLS paper (arXiv 2406.13511): rows wait in the pool until a round, which cuts them into
 //! batches and gives each batch to a worker, where it waits its turn. At a batch's end its unfinished rows come back to
-//! the pool and are prefilled again wherever the next round takes them.
+//! the pool and are prefilled again wherever the next round takes them. At sequence level there are no rounds: rows are
+//! dealt to the workers as they come.
 
 use std::cmp::Reverse;
 use std::collections::VecDeque;
@@ -15,13 +16,15 @@ use crate::mode::{Batching, Interval, Mode, Offload, Pooled};
 use crate::offload::Offloader;
 use crate::plan::{MOST_TOLD, start};
 use crate::pool::WorkerSpec;
-use crate::row::Row;
+use crate::row::{Place, Row};
 use crate::units::{Micros, Tokens};
 use crate::worker::{Batch, Worker};
 
 /// Batches of a worker that wait or run, and their time.
 #[derive(Default)]
 pub(crate) struct Queue {
+    /// Rows that are its in turn and in no batch yet, oldest first; their place is the pool.
+    pub(super) dealt: VecDeque<RowId>,
     /// Not sent yet, first to run first.
     formed: VecDeque<Formed>,
     /// The running batch and the one that stands.
@@ -45,6 +48,7 @@ pub(super) struct Rounds {
 }
 
 /// A batch that has no worker yet.
+#[derive(Default)]
 struct Cut {
     rows: Vec<RowId>,
     /// Workers that take fewer tokens of a row do not take it.
@@ -86,22 +90,19 @@ impl Scheduler {
 
     /// If it is time: all rows of the pool become batches, and each batch gets a worker.
     pub(super) fn round(&mut self, now: Micros, pooled: Pooled, actions: &mut Vec<Action>) {
-        if !std::mem::take(&mut self.place_pool) || self.pool.is_empty() {
+        if !std::mem::take(&mut self.place_pool) {
             return;
+        }
+        if pooled.interval == Interval::AtOnce {
+            self.deal(now, actions);
+            return self.form_dealt(now, pooled, actions);
         }
         // without a worker there is nothing to wait for
         let workers = self.workers.values().any(|worker| worker.synced);
-        if workers && !self.is_due(now, pooled.interval, actions) {
+        if self.pool.is_empty() || (workers && !self.is_due(now, pooled.interval, actions)) {
             return;
         }
-        // oldest first; those that ended are gone
-        let here = self.pool.drain(..).filter_map(|id| Some((self.rows.get(&id)?.order, id)));
-        let mut ordered: Vec<(u64, RowId)> = here.collect();
-        ordered.sort_unstable();
-        let mut waiting: Vec<RowId> = ordered.into_iter().map(|(_, id)| id).collect();
-        if let (Interval::AtOnce, Batching::Fcfs(n)) = (pooled.interval, pooled.batching) {
-            waiting = self.first(n as usize, waiting);
-        }
+        let mut waiting = self.take_pool();
         if workers && !waiting.is_empty() {
             self.rounds.last = Some(now);
         }
@@ -113,28 +114,81 @@ impl Scheduler {
         }
     }
 
-    /// Of rows in order those that workers with nothing to run can take, and those that no worker can; the others stay
-    /// in the pool. Batches in order need no more, and a long queue is not cut anew for each.
-    fn first(&mut self, rows: usize, waiting: Vec<RowId>) -> Vec<RowId> {
-        let synced = || self.workers.values().filter(|worker| worker.synced);
-        let free = || synced().filter(|worker| worker.queue.is_empty());
-        let most = |worker: &Worker| worker.spec.most_tokens();
-        let (most_free, most_any) = (free().map(most).max(), synced().map(most).max());
-        let mut places = free().count() * rows;
-        let (taken, rest) = waiting.into_iter().partition(|id| {
-            let total = self.rows.get(id).map(Row::total);
-            let takes = places > 0 && total <= most_free;
-            places -= usize::from(takes);
-            takes || total > most_any
-        });
-        self.pool = rest;
-        taken
+    /// The pool's rows, oldest first; those that ended are gone.
+    fn take_pool(&mut self) -> Vec<RowId> {
+        let here = self.pool.drain(..).filter_map(|id| Some((self.rows.get(&id)?.order, id)));
+        let mut ordered: Vec<(u64, RowId)> = here.collect();
+        ordered.sort_unstable();
+        ordered.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// Sequence level: each row is a worker's in turn as it comes, whatever the workers have to do.
+    fn deal(&mut self, now: Micros, actions: &mut Vec<Action>) {
+        let waiting = self.take_pool();
+        if waiting.is_empty() {
+            return;
+        }
+        let synced = self.workers.iter().filter(|(_, worker)| worker.synced);
+        let able: Vec<(WorkerId, Tokens, bool)> =
+            synced.map(|(id, worker)| (*id, worker.spec.most_tokens(), worker.draining)).collect();
+        let mut offloader = Offloader::new(vec![Micros::ZERO; able.len()]).at_turn(self.rounds.turn);
+        for id in waiting {
+            let Some(row) = self.rows.get_mut(&id) else { continue };
+            let total = row.total();
+            let mut next = |draining| offloader.next(|at| total <= able[at].1 && able[at].2 == draining);
+            // what fits on no worker that takes new rows goes on where it is allowed to finish
+            let at = next(false).or_else(|| next(true)).map(|at| able[at].0);
+            match at.and_then(|at| self.workers.get_mut(&at)) {
+                Some(worker) => {
+                    row.place = Place::Pool { until: None };
+                    worker.queue.dealt.push_back(id);
+                }
+                None => self.keep_in_pool(now, id, actions),
+            }
+        }
+        self.rounds.turn = offloader.turn();
+    }
+
+    /// A batch of the oldest of its rows for each worker that has nothing to run.
+    fn form_dealt(&mut self, now: Micros, pooled: Pooled, actions: &mut Vec<Action>) {
+        let idle = self.workers.iter().filter(|(_, worker)| worker.synced && worker.queue.is_empty());
+        let idle: Vec<WorkerId> =
+            idle.filter(|(_, worker)| !worker.queue.dealt.is_empty()).map(|(id, _)| *id).collect();
+        for id in idle {
+            let Some(worker) = self.workers.get_mut(&id) else { continue };
+            let mut dealt = std::mem::take(&mut worker.queue.dealt);
+            dealt.retain(|row| self.rows.contains_key(row));
+            // batches in order need no more, and a long queue is not cut anew for each
+            let first: Vec<RowId> = match pooled.batching {
+                Batching::Fcfs(rows) => dealt.iter().take(rows as usize).copied().collect(),
+                Batching::Sorted(_) | Batching::Dp => dealt.iter().copied().collect(),
+            };
+            let Some(worker) = self.workers.get(&id) else { continue };
+            let cuts = self.cut(pooled, first, worker.spec.most_tokens(), &[worker]);
+            let batch = cuts.into_iter().find(|cut| dealt.front().is_some_and(|oldest| cut.rows.contains(oldest)));
+            let Cut { rows, time, .. } = batch.unwrap_or_default();
+            dealt.retain(|row| !rows.contains(row));
+            if let Some(worker) = self.workers.get_mut(&id) {
+                worker.queue.dealt = dealt;
+            }
+            if !rows.is_empty() {
+                self.queue_at(now, id, rows, time, actions);
+            }
+        }
+    }
+
+    /// The rows that were this worker's in turn are anybody's again.
+    pub(super) fn take_dealt(&mut self, id: WorkerId) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        self.place_pool |= !worker.queue.dealt.is_empty();
+        self.pool.extend(worker.queue.dealt.drain(..));
     }
 
     /// Whether it is time for a round; if not, and it is known when, a wake-up is asked for.
     fn is_due(&mut self, now: Micros, interval: Interval, actions: &mut Vec<Action>) -> bool {
         let wait = match interval {
-            Interval::AtOnce => return self.workers.values().any(|worker| worker.synced && worker.queue.is_empty()),
+            // a worker that has nothing to run does not wait
+            Interval::AtOnce => return true,
             Interval::Fixed(tick) => tick,
             Interval::Adaptive { share, least } => {
                 let loads = self.workers.values().filter(|worker| worker.ready()).map(|worker| worker.queue.load);
@@ -150,7 +204,7 @@ impl Scheduler {
     }
 
     /// Cuts rows into batches for these workers and queues them there. Rows for which none of them is large enough are
-    /// given back; those for which none is free now stay in the pool.
+    /// given back.
     fn offload(
         &mut self,
         now: Micros,
@@ -182,13 +236,11 @@ impl Scheduler {
         if pooled.offload == Offload::MaxMin {
             cuts.sort_by_key(|cut| Reverse(cut.time));
         }
-        let mut free: Vec<bool> =
-            workers.iter().map(|(_, worker)| pooled.interval != Interval::AtOnce || worker.queue.is_empty()).collect();
         let loads = workers.iter().map(|(_, worker)| worker.queue.load).collect();
         let ids: Vec<WorkerId> = workers.iter().map(|(id, _)| *id).collect();
         let mut offloader = Offloader::new(loads).at_turn(self.rounds.turn);
         for cut in cuts {
-            let may = |at: usize| free[at] && most[at] >= cut.least;
+            let may = |at: usize| most[at] >= cut.least;
             let chosen = match pooled.offload {
                 Offload::RoundRobin => offloader.next(may),
                 Offload::MaxMin => offloader.least(may),
@@ -197,8 +249,6 @@ impl Scheduler {
                 self.pool.extend(cut.rows);
                 continue;
             };
-            // a worker that had nothing gets one batch: by the time it wants another, more rows may have come
-            free[at] = pooled.interval != Interval::AtOnce;
             let time = self.workers.get(&ids[at]).map_or(Micros::ZERO, |worker| self.batch_time(worker, &cut.rows));
             offloader.add(at, time);
             self.queue_at(now, ids[at], cut.rows, time, actions);

@@ -23,6 +23,7 @@ impl Scheduler {
     }
 
     pub(super) fn lost(&mut self, id: WorkerId, actions: &mut Vec<Action>) {
+        self.take_dealt(id);
         let Some(worker) = self.workers.get(&id) else { return };
         let rows: Vec<(RowId, bool)> =
             worker.rows.values().map(|row| (*row, self.rows.get(row).is_some_and(Row::runs))).collect();
@@ -35,6 +36,7 @@ impl Scheduler {
 
     /// Rows that do not run go elsewhere, where there is an elsewhere; the others follow at the end of their slice.
     pub(super) fn drain(&mut self, id: WorkerId, actions: &mut Vec<Action>) {
+        self.take_dealt(id);
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.draining = true;
         let most = self.workers.values().filter(|w| w.ready()).map(|w| w.spec.most_tokens()).max();

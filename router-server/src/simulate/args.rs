@@ -32,46 +32,67 @@ pub struct Asked {
     #[arg(long, help_heading = "Requests", value_name = "NAME")]
     pub synthetic: Option<String>,
     /// Generated requests a second.
-    #[arg(long, help_heading = "Requests", value_name = "R")]
+    #[arg(long, help_heading = "Requests", value_name = "R", allow_hyphen_values = true)]
     pub rate: Option<String>,
     /// Seconds of generated requests.
-    #[arg(long, help_heading = "Requests", value_name = "T", default_value = "300")]
+    #[arg(long, help_heading = "Requests", value_name = "T", default_value = "300", allow_hyphen_values = true)]
     pub seconds: String,
     /// Times the trace's own rate: faster up to a point, then superposed copies.
-    #[arg(long, help_heading = "Requests", value_name = "X[,..]", value_delimiter = ',', default_value = "1")]
+    #[arg(
+        long,
+        help_heading = "Requests",
+        value_name = "X[,..]",
+        value_delimiter = ',',
+        default_value = "1",
+        allow_hyphen_values = true
+    )]
     pub rate_scale: Vec<String>,
     /// How many copies of the trace make its rate; without it as few as do. To compare rates, as many as the highest needs.
     #[arg(long, help_heading = "Requests", value_name = "N")]
     pub copies: Option<String>,
     /// Only requests from A to B seconds of the trace.
-    #[arg(long, help_heading = "Requests", value_name = "A:B")]
+    #[arg(long, help_heading = "Requests", value_name = "A:B", allow_hyphen_values = true)]
     pub window: Option<String>,
     /// closed: a turn waits for the previous one's end; open: every turn at its time, a stress test.
     #[arg(long, help_heading = "Requests", value_name = "closed|open", default_value = "closed")]
     pub sessions: String,
     /// Most output tokens, which every request announces; without it the trace's longest answer.
-    #[arg(long, help_heading = "Requests", value_name = "TOKENS")]
+    #[arg(long, help_heading = "Requests", value_name = "TOKENS", allow_hyphen_values = true)]
     pub limit: Option<String>,
     /// How many workers.
-    #[arg(long, help_heading = "Fleet", value_name = "N[,..]", value_delimiter = ',', default_value = "8")]
+    #[arg(
+        long,
+        help_heading = "Fleet",
+        value_name = "N[,..]",
+        value_delimiter = ',',
+        default_value = "8",
+        allow_hyphen_values = true
+    )]
     pub workers: Vec<String>,
     /// Names of modelled devices, or files with their coefficients.
     #[arg(long, help_heading = "Fleet", value_name = "M[,..]", value_delimiter = ',', default_value = "7b-h20")]
     pub cost_model: Vec<String>,
     /// Host time of an iteration that the device waits for, in milliseconds; without it the device's own.
-    #[arg(long, help_heading = "Fleet", value_name = "H[,..]", value_delimiter = ',')]
+    #[arg(long, help_heading = "Fleet", value_name = "H[,..]", value_delimiter = ',', allow_hyphen_values = true)]
     pub host_ms: Vec<String>,
     /// What a slice start exposes, in milliseconds; without it the device's own.
-    #[arg(long, help_heading = "Fleet", value_name = "O[,..]", value_delimiter = ',')]
+    #[arg(long, help_heading = "Fleet", value_name = "O[,..]", value_delimiter = ',', allow_hyphen_values = true)]
     pub start_ms: Vec<String>,
     /// How late what workers say reaches the router, in milliseconds.
-    #[arg(long, help_heading = "Fleet", value_name = "D[,..]", value_delimiter = ',', default_value = "0")]
+    #[arg(
+        long,
+        help_heading = "Fleet",
+        value_name = "D[,..]",
+        value_delimiter = ',',
+        default_value = "0",
+        allow_hyphen_values = true
+    )]
     pub delay_ms: Vec<String>,
     /// Sigma of the log-normal factor on the time of slices; an iteration's is twice as wide.
-    #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0")]
+    #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0", allow_hyphen_values = true)]
     pub noise: String,
     /// Sigma of the log-normal factor by which each worker is always slower or faster, unknown to the router.
-    #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0")]
+    #[arg(long, help_heading = "Fleet", value_name = "SIGMA", default_value = "0", allow_hyphen_values = true)]
     pub bias: String,
     /// continuous, slice, ils, scls, sls, so, pm, ab, lb; after @ its rows (continuous, sls) or its S (the others).
     #[arg(
@@ -99,16 +120,16 @@ pub struct Asked {
     #[arg(long, help_heading = "Scheduling", value_name = "on|off[,..]", value_delimiter = ',', default_value = "off")]
     pub guard: Vec<String>,
     /// Runs of each combination, with seeds 1 to K: arrivals are shifted a little.
-    #[arg(long, help_heading = "Runs", value_name = "K", default_value = "1")]
+    #[arg(long, help_heading = "Runs", value_name = "K", default_value = "1", allow_hyphen_values = true)]
     pub seeds: String,
     /// A run is over at this time, whatever is left.
-    #[arg(long, help_heading = "Runs", value_name = "SECONDS")]
+    #[arg(long, help_heading = "Runs", value_name = "SECONDS", allow_hyphen_values = true)]
     pub until: Option<String>,
     /// Count goodput: requests within so many seconds to the first token and so many a token after it.
-    #[arg(long, help_heading = "Runs", value_name = "TTFT:TPOT")]
+    #[arg(long, help_heading = "Runs", value_name = "TTFT:TPOT", allow_hyphen_values = true)]
     pub slo: Option<String>,
     /// Runs at once; without it the cores of this machine.
-    #[arg(long, help_heading = "Runs", value_name = "J")]
+    #[arg(long, help_heading = "Runs", value_name = "J", allow_hyphen_values = true)]
     pub jobs: Option<String>,
 }
 
@@ -139,13 +160,13 @@ pub struct DoctorArgs {
     #[arg(long, value_name = "FILE")]
     pub trace: String,
     /// How many workers.
-    #[arg(long, value_name = "N", default_value = "16")]
+    #[arg(long, value_name = "N", default_value = "16", allow_hyphen_values = true)]
     pub workers: String,
     /// The name of a modelled device, or a file with its coefficients.
     #[arg(long, value_name = "M", default_value = "7b-h20")]
     pub cost_model: String,
     /// Times the trace's own rate.
-    #[arg(long, value_name = "X", default_value = "1")]
+    #[arg(long, value_name = "X", default_value = "1", allow_hyphen_values = true)]
     pub rate_scale: String,
     /// Where report.json, the plot (PNG) and report.html go.
     #[arg(long, value_name = "DIR")]

@@ -4,6 +4,7 @@
 //! is kept by minute. A minute breaks the safe condition if in it a class's share of the requests was more than the share of
 //! workers that hold it (`docs/hotspot.md`).
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use router_core::{Micros, Sighting};
@@ -15,9 +16,11 @@ use super::execute::run_of;
 use super::figure::{Axis, Content, Figure, Line};
 use super::inputs::line;
 use super::plan::Plan;
-use super::{Failure, draw, report, writable, write};
+use super::{Failure, put, report, writable};
 
 const MINUTE: Micros = Micros(60_000_000);
+/// Minutes that are all told.
+const MOST_LINES: usize = 120;
 
 /// What the guard saw in a minute.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,7 +57,7 @@ impl Minute {
         self.unsafe_requests > 0
     }
 
-    fn json(&self, minute: usize) -> Value {
+    fn json(&self, minute: u64) -> Value {
         json!({
             "minute": minute,
             "requests": self.requests,
@@ -97,86 +100,92 @@ pub fn run(args: &DoctorArgs, command: &str, stop: &AtomicBool) -> Result<String
     }
     let minutes = minutes(&plan, &trace, stop)?;
     let verdict = verdict(&minutes);
-    let lines: Vec<Value> = minutes.iter().enumerate().map(|(at, minute)| minute.json(at)).collect();
+    let lines: Vec<Value> = minutes.iter().map(|(at, minute)| minute.json(*at)).collect();
     let report = json!({ "command": command, "trace": source.name, "verdict": verdict, "minutes": lines });
     let table = table(&minutes);
+    let told = format!("{table}{verdict}\n");
+    let said = if args.json { format!("{report:#}\n") } else { told.clone() };
     if let Some(out) = &args.out {
-        write(&out.join("report.json"), format!("{report:#}\n").as_bytes())?;
-        draw(out, "scls-router doctor", command, &format!("{table}{verdict}\n"), &[figure(&source.name, &minutes)])?;
+        let written = put(out, command, &report, &told, &[figure(&source.name, &minutes)]);
+        written.map_err(|error| Failure::Early(said.clone(), error))?;
     }
-    let said = if args.json { format!("{report:#}\n") } else { format!("{table}{verdict}\n") };
     if stop.load(Ordering::Relaxed) {
         return Err(Failure::Early(said, "ended by a signal: what stands above is of the part that ran".into()));
     }
     Ok(said)
 }
 
-fn minutes(plan: &Plan, trace: &Trace, stop: &AtomicBool) -> Result<Vec<Minute>, Failure> {
-    let mut minutes: Vec<Minute> = Vec::new();
+/// Those in which somebody came.
+type Minutes = BTreeMap<u64, Minute>;
+
+fn minutes(plan: &Plan, trace: &Trace, stop: &AtomicBool) -> Result<Minutes, Failure> {
+    let mut minutes = Minutes::new();
     if let Some(case) = plan.cases.first() {
         let mut go_on = |_| !stop.load(Ordering::Relaxed);
         let mut decided = |at: Micros, _, choice: &router_core::Choice| {
-            let minute = (at.0 / MINUTE.0) as usize;
-            if minutes.len() <= minute {
-                minutes.resize(minute + 1, Minute::default());
-            }
-            minutes[minute].saw(choice.guard);
+            minutes.entry(at.0 / MINUTE.0).or_default().saw(choice.guard);
         };
         follow(&run_of(plan, case, trace), &mut go_on, &mut decided).map_err(|error| Failure::Usage(line(error)))?;
     }
     Ok(minutes)
 }
 
-fn verdict(minutes: &[Minute]) -> String {
+fn verdict(minutes: &Minutes) -> String {
     let all = minutes.len();
-    let broken = minutes.iter().filter(|minute| minute.breaks()).count();
-    let worst = minutes.iter().map(Minute::ratio).fold(0.0, f64::max);
+    let broken = minutes.values().filter(|minute| minute.breaks()).count();
+    let worst = highest(minutes);
     match broken {
         0 if worst > 0.0 => {
             format!("safe: in none of {all} minutes do requests crowd on few holders (ratio at most {worst:.2})")
         }
         0 => format!("safe: in none of {all} minutes is a prefix popular that some workers hold and some do not"),
         _ => {
-            let filtered: u64 = minutes.iter().map(|minute| minute.filtered).sum();
+            let requests: u64 = minutes.values().map(|minute| minute.unsafe_requests).sum();
             format!(
-                "{broken} of {all} minutes break the safe condition (ratio up to {worst:.2}); the guard filtered {filtered} requests"
+                "unsafe: {broken} of {all} minutes break the safe condition (ratio up to {worst:.2}), for {requests} requests"
             )
         }
     }
 }
 
-/// Minutes that break the condition; the one that comes nearest, if none does.
-fn table(minutes: &[Minute]) -> String {
-    let head = ["minute", "share x", "holders", "ratio x*n/|M|", "requests", "unsafe", "filtered"];
+fn highest(minutes: &Minutes) -> f64 {
+    minutes.values().map(Minute::ratio).fold(0.0, f64::max)
+}
+
+/// Minutes with a class that some workers hold and some do not; of very many those that break the condition, and the one
+/// that comes nearest.
+fn table(minutes: &Minutes) -> String {
+    let head = ["minute", "requests", "x_c", "|M|", "n", "ratio x_c*n/|M|", "unsafe", ""];
     let mut lines = vec![head.map(str::to_owned).to_vec()];
-    let nearest = minutes.iter().map(Minute::ratio).fold(0.0, f64::max);
-    let broken = minutes.iter().any(Minute::breaks);
-    for (at, minute) in minutes.iter().enumerate() {
-        let Some(worst) = minute.worst else { continue };
-        if minute.breaks() || (!broken && minute.ratio() >= nearest) {
-            lines.push(vec![
-                at.to_string(),
-                format!("{:.3}", worst.share()),
-                format!("{} of {}", worst.holders, worst.workers),
-                format!("{:.2}", worst.pressure()),
-                minute.requests.to_string(),
-                minute.unsafe_requests.to_string(),
-                minute.filtered.to_string(),
-            ]);
-        }
+    let nearest = highest(minutes);
+    let all = minutes.values().filter(|minute| minute.worst.is_some()).count() <= MOST_LINES;
+    for (at, minute) in minutes {
+        let Some(worst) = minute.worst.filter(|_| all || minute.breaks() || minute.ratio() >= nearest) else {
+            continue;
+        };
+        lines.push(vec![
+            at.to_string(),
+            minute.requests.to_string(),
+            format!("{:.3}", worst.share()),
+            worst.holders.to_string(),
+            worst.workers.to_string(),
+            format!("{:.2}", worst.pressure()),
+            minute.unsafe_requests.to_string(),
+            if minute.breaks() { "breaks it".into() } else { "safe".into() },
+        ]);
     }
     if lines.len() == 1 { String::new() } else { report::aligned(&lines) }
 }
 
-fn figure(name: &str, minutes: &[Minute]) -> Figure {
-    let points = minutes.iter().enumerate().map(|(at, minute)| (at as f64, minute.ratio())).collect();
-    let end = minutes.len().saturating_sub(1).max(1) as f64;
+fn figure(name: &str, minutes: &Minutes) -> Figure {
+    let points = minutes.iter().map(|(at, minute)| (*at as f64, minute.ratio())).collect();
+    let end = minutes.last_key_value().map_or(1, |(at, _)| (*at).max(1)) as f64;
     let bound = Line { bound: true, ..Line::new("safe up to here", vec![(0.0, 1.0), (end, 1.0)]) };
     Figure {
         name: "doctor".into(),
-        title: format!("How many times their part holders may get: {name}"),
+        title: format!("How many times their part holders get at worst: {name}"),
         x: Axis::new("minute"),
-        y: Axis::new("x n / |M|, the worst class"),
+        y: Axis::new("x_c n / |M|, the worst class"),
         content: Content::Lines(vec![Line::new("ratio", points), bound]),
     }
 }
@@ -210,12 +219,16 @@ mod tests {
         assert_eq!((minute.requests, minute.unsafe_requests, minute.filtered), (4, 1, 1));
         assert!((minute.ratio() - 2.5).abs() < 1e-12, "a class that all hold crowds on nobody");
         let quiet = Minute { requests: 3, ..Minute::default() };
-        let said = verdict(&[quiet, minute]);
-        assert!(said.starts_with("1 of 2 minutes break"), "{said}");
-        let table = table(&[quiet, minute]);
+        // nobody came between
+        let both = Minutes::from([(0, quiet), (1 << 40, minute)]);
+        let said = verdict(&both);
+        assert!(said.starts_with("unsafe: 1 of 2 minutes break"), "{said}");
+        let table = table(&both);
         assert_eq!(table.lines().count(), 2, "{table}");
-        assert!(table.contains("0.500") && table.contains("2 of 10") && table.contains("2.50"), "{table}");
-        assert!(verdict(&[quiet]).starts_with("safe"));
-        assert_eq!(super::table(&[quiet]), "");
+        let cells: Vec<&str> = table.lines().last().unwrap_or_default().split_whitespace().collect();
+        assert_eq!(cells, ["1099511627776", "4", "0.500", "2", "10", "2.50", "1", "breaks", "it"]);
+        let quiet = Minutes::from([(0, quiet)]);
+        assert!(verdict(&quiet).starts_with("safe"));
+        assert_eq!(super::table(&quiet), "");
     }
 }

@@ -1,15 +1,19 @@
 //! Files and built-in names: traces and devices. All that is read of a disk is read here.
 
+use std::io::Read;
 use std::path::Path;
 
 use router_sim::{Device, Trace, rival};
 
 use super::args::Asked;
 use super::names::Scheduler;
-use super::plan::{above_zero, pair, whole};
+use super::plan::{above_zero, bounded, pair, whole};
 
 /// Built-in names of generated requests.
 const GENERATED: &str = "synthetic-";
+
+/// Bytes of a trace: the longest that is published has a third of it.
+const MOST_BYTES: u64 = 4 << 30;
 
 /// Requests to be run, as they were recorded or are to be drawn.
 #[derive(Debug)]
@@ -36,6 +40,19 @@ impl Source {
             Kind::Generated(rate, seconds) => Trace::synthetic(&self.name, rate * rate_scale, *seconds, seed),
         };
         scaled.map_err(line)
+    }
+
+    /// How many requests that is, about.
+    pub fn requests_at(&self, rate_scale: f64) -> f64 {
+        match &self.kind {
+            Kind::Recorded(trace, Some(copies)) => trace.requests.len() as f64 * f64::from(*copies),
+            // more than 2 or 4 times as fast are copies
+            Kind::Recorded(trace, None) => {
+                let turns = trace.requests.iter().any(|request| request.session.is_some());
+                trace.requests.len() as f64 * (rate_scale / if turns { 2.0 } else { 4.0 }).ceil().max(1.0)
+            }
+            Kind::Generated(rate, seconds) => rate * seconds * rate_scale,
+        }
     }
 
     /// As it was recorded, where it was.
@@ -66,16 +83,18 @@ pub fn sources(asked: &Asked) -> Result<Vec<Source>, String> {
 fn source(name: &str, asked: &Asked, window: Option<(f64, f64)>) -> Result<Source, String> {
     if name.starts_with(GENERATED) && !Path::new(name).exists() {
         let rate = asked.rate.as_deref().ok_or_else(|| format!("{name} needs --rate, its requests a second"))?;
-        let (rate, seconds) = (above_zero("rate", rate)?, above_zero("seconds", &asked.seconds)?);
+        let (rate, seconds) = (above_zero("rate", rate, 1e9)?, above_zero("seconds", &asked.seconds, 1e9)?);
         if asked.copies.is_some() {
             return Err("copies are of files: generated requests come at any rate".into());
         }
         if window.is_some() {
             return Err("window is for files: generated requests last as long as --seconds says".into());
         }
+        let source = Source { name: name.to_owned(), kind: Kind::Generated(rate, seconds) };
+        bounded(&source, 1.0)?;
         // of a wrong name, rate or length it is known before anything runs
         Trace::synthetic(name, rate, seconds, 1).map_err(line)?;
-        return Ok(Source { name: name.to_owned(), kind: Kind::Generated(rate, seconds) });
+        return Ok(source);
     }
     let copies = asked.copies.as_deref().map(|text| whole("copies", text)).transpose()?;
     let mut trace = read(Path::new(name))?;
@@ -87,7 +106,7 @@ fn source(name: &str, asked: &Asked, window: Option<(f64, f64)>) -> Result<Sourc
 
 /// A trace of a file; the size of its blocks may be in `NAME.meta.json` beside it.
 pub fn read(file: &Path) -> Result<Trace, String> {
-    let bytes = bytes(file)?;
+    let bytes = bytes(file, MOST_BYTES)?;
     let name = bare(file);
     let meta = file.with_file_name(format!("{name}.meta.json"));
     let block_size = match std::fs::read(&meta) {
@@ -111,7 +130,7 @@ pub fn device(text: &str) -> Result<Device, String> {
     if Device::names().any(|known| known == text) || !(file.exists() || text.contains(['/', '.'])) {
         return Device::named(text).map_err(line);
     }
-    let bytes = bytes(file)?;
+    let bytes = bytes(file, 1 << 20)?;
     let written = String::from_utf8(bytes).map_err(|_| format!("cost model {text}: no text"))?;
     let name = file.file_stem().map_or_else(|| text.to_owned(), |stem| stem.to_string_lossy().into_owned());
     Device::parse(&name, &written).map_err(line)
@@ -126,8 +145,15 @@ pub fn check_policy(text: &str, schedulers: &[(String, Scheduler)]) -> Result<()
     rival::make(text, &device, 1, 0).map(drop).map_err(line)
 }
 
-fn bytes(file: &Path) -> Result<Vec<u8>, String> {
-    std::fs::read(file).map_err(|error| format!("cannot read {}: {error}", file.display()))
+/// A file's bytes, which are no more than can be meant.
+pub fn bytes(file: &Path, most: u64) -> Result<Vec<u8>, String> {
+    let wrong = |error: std::io::Error| format!("cannot read {}: {error}", file.display());
+    let mut bytes = Vec::new();
+    std::fs::File::open(file).map_err(wrong)?.take(most + 1).read_to_end(&mut bytes).map_err(wrong)?;
+    if bytes.len() as u64 > most {
+        return Err(format!("cannot read {}: it has more than {most} bytes", file.display()));
+    }
+    Ok(bytes)
 }
 
 /// An error in one line.

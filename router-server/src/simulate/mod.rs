@@ -16,7 +16,7 @@ mod plot;
 mod progress;
 mod report;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use router_sim::{RecordedRun, validate};
@@ -37,6 +37,9 @@ use progress::Progress;
 /// the report.
 pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<String, Failure> {
     if let Some(file) = &args.validate {
+        if args.out.is_some() {
+            return Err(Failure::Usage("--validate writes no files: leave --out out".into()));
+        }
         return replay(file, args.json);
     }
     let plan = Plan::new(&args.asked).map_err(Failure::Usage)?;
@@ -45,21 +48,27 @@ pub fn run(args: &SimulateArgs, command: &str, stop: &AtomicBool) -> Result<Stri
     }
     let progress = Progress::new(&plan, stop);
     let keep = |done: Done<'_>| (Curves::of(done.run, &done.record), done.row);
-    let done = execute(&plan, &progress, &keep).map_err(Failure::Usage)?;
+    let done = execute(&plan, &progress, &keep);
     progress.finish();
+    let done = done.map_err(Failure::Usage)?;
     let (curves, rows): (Vec<Curves>, Vec<Map<String, Value>>) = done.into_iter().map(|(_, kept)| kept).unzip();
     let report = report::report(command, &rows);
+    let table = report::table(&rows);
+    let said = if args.json { format!("{report:#}\n") } else { table.clone() };
     if let Some(out) = &args.out {
-        write(&out.join("report.json"), format!("{report:#}\n").as_bytes())?;
-        draw(out, TITLE, command, &report::table(&rows), &figures::figures(&rows, &curves))?;
+        // what has run is told, whatever becomes of the folder
+        let written = put(out, command, &report, &table, &figures::figures(&rows, &curves));
+        written.map_err(|error| Failure::Early(said.clone(), error))?;
     }
-    let said = if args.json { format!("{report:#}\n") } else { report::table(&rows) };
     if rows.len() < plan.cases.len() {
         let (done, all) = (rows.len(), plan.cases.len());
         return Err(Failure::Early(said, format!("ended by a signal: {done} of {all} runs are done")));
     }
     Ok(said)
 }
+
+/// Bytes of a recorded run.
+const MOST_RECORDED: u64 = 1 << 28;
 
 const TITLE: &str = "scls-router simulate";
 
@@ -86,7 +95,7 @@ impl Told {
 /// How far the model is off a recorded run.
 fn replay(file: &Path, json: bool) -> Result<String, Failure> {
     let usage = |why: String| Failure::Usage(format!("{}: {why}", file.display()));
-    let bytes = std::fs::read(file).map_err(|error| usage(format!("cannot be read: {error}")))?;
+    let bytes = inputs::bytes(file, MOST_RECORDED).map_err(Failure::Usage)?;
     let recorded = RecordedRun::parse(&bytes).map_err(|error| usage(inputs::line(error)))?;
     let fidelity = validate(&recorded).map_err(|error| usage(inputs::line(error)))?;
     let said = if json {
@@ -101,12 +110,14 @@ fn replay(file: &Path, json: bool) -> Result<String, Failure> {
     Err(Failure::Early(said, "the model is further off than its bounds".into()))
 }
 
-/// One page, and a file for each picture.
-fn draw(out: &Path, title: &str, command: &str, table: &str, figures: &[Figure]) -> Result<(), Failure> {
-    let page = html::page(title, command, table, figures).map_err(Failure::Run)?;
+/// The report, one page, and a file for each picture.
+fn put(out: &Path, command: &str, report: &Value, table: &str, figures: &[Figure]) -> Result<(), String> {
+    write(&out.join("report.json"), format!("{report:#}\n").as_bytes())?;
+    let title = command.split(" --").next().unwrap_or_default();
+    let page = html::page(title, command, table, figures)?;
     write(&out.join("report.html"), page.as_bytes())?;
     for figure in figures {
-        let bytes = plot::png(figure).map_err(Failure::Run)?;
+        let bytes = plot::png(figure)?;
         write(&out.join(format!("{}.png", figure.name)), &bytes)?;
     }
     Ok(())
@@ -116,11 +127,22 @@ fn draw(out: &Path, title: &str, command: &str, table: &str, figures: &[Figure])
 fn writable(out: &Path) -> Result<(), String> {
     let wrong = |error: std::io::Error| format!("cannot write to {}: {error}", out.display());
     std::fs::create_dir_all(out).map_err(wrong)?;
-    let probe = out.join(".scls-router");
+    let probe = beside(&out.join("report.json"));
     std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe)).map_err(wrong)
 }
 
-fn write(file: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    let wrong = |error: std::io::Error| Failure::Run(format!("cannot write {}: {error}", file.display()));
-    std::fs::write(file, bytes).map_err(wrong)
+/// Whole or not at all, so that two runs into a folder leave the files of one of them.
+fn write(file: &Path, bytes: &[u8]) -> Result<(), String> {
+    let part = beside(file);
+    let written = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, file));
+    written.map_err(|error| {
+        let _ = std::fs::remove_file(&part);
+        format!("cannot write {}: {error}", file.display())
+    })
+}
+
+/// A name that no other process writes to.
+fn beside(file: &Path) -> PathBuf {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    file.with_file_name(format!(".{name}.{}", std::process::id()))
 }

@@ -1,15 +1,14 @@
 //! Names as they are written on the command line, and the nearest where one is misspelt.
 
-use router_core::{Batching, Commit, Mode, PolicyName, Pooled};
+use router_core::{Batching, Commit, Guarding, Mode, PolicyName, Pooled};
 use router_sim::{Sessions, System};
 
-/// Names that mean something near `name`, the nearest first; all where none is near.
+/// The name that was meant; all where none is near.
 pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     let known: Vec<&str> = known.into_iter().collect();
-    let best = known.iter().map(|one| (strsim::damerau_levenshtein(name, one), *one)).min();
-    match best {
-        Some((distance, best)) if distance <= 1 + name.len() / 4 => format!("did you mean {best}?"),
-        _ => format!("known: {}", known.join(", ")),
+    match router_core::nearest(name, known.iter().copied()) {
+        Some(best) => format!("did you mean {best}?"),
+        None => format!("known: {}", known.join(", ")),
     }
 }
 
@@ -53,11 +52,14 @@ impl Scheduler {
         }
     }
 
-    /// What is run, with a policy where this way to schedule has one. `Ok(None)`: it has none, whatever the policy.
+    /// What is run, with the policy where this way to schedule has one.
     pub fn system(&self, policy: &str, commit: Option<Commit>, guard: bool) -> Result<System, String> {
         match self {
             Self::Continuous(_) => match commit {
-                Some(commit) => Ok(System::Continuous { policy: policy.to_owned(), commit, guard }),
+                Some(commit) => {
+                    let guard = if guard { Guarding::Filter } else { Guarding::Off };
+                    Ok(System::Continuous { policy: policy.to_owned(), commit, guard })
+                }
                 None if guard => Err("the guard watches what is committed: commit none goes with guard off".into()),
                 None => Ok(System::Uncommitted { policy: policy.to_owned() }),
             },
@@ -75,6 +77,11 @@ impl Scheduler {
                 Ok(System::Scheduled { mode, policy, slice_len })
             }
         }
+    }
+
+    /// Most rows of an engine, where that is said.
+    pub fn rows(&self) -> Option<u32> {
+        if let Self::Continuous(rows) = self { *rows } else { None }
     }
 
     /// Whether rows are placed by a policy.

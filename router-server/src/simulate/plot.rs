@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 
 use epaint_default_fonts::UBUNTU_LIGHT;
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
@@ -88,12 +90,13 @@ fn draw<B: DrawingBackend>(root: &Area<B>, figure: &Figure) -> Drawn<B> {
             legend(&right, lines)?;
             let x = range(&figure.x, lines.iter().flat_map(|line| line.points.iter().map(|point| point.0)));
             let y = range(&figure.y, lines.iter().flat_map(|line| line.points.iter().map(|point| point.1)));
+            let [x_ticks, y_ticks] = [(&figure.x, &x), (&figure.y, &y)].map(|(axis, range)| ticks(axis, range));
             let mut chart = ChartBuilder::on(&left)
                 .caption(&figure.title, ("sans-serif", 20))
                 .margin(12)
                 .x_label_area_size(42)
                 .y_label_area_size(64)
-                .build_cartesian_2d(x, y)?;
+                .build_cartesian_2d(Ruler::new(x, x_ticks), Ruler::new(y, y_ticks))?;
             chart
                 .configure_mesh()
                 .light_line_style(TRANSPARENT)
@@ -155,22 +158,25 @@ fn draw<B: DrawingBackend>(root: &Area<B>, figure: &Figure) -> Drawn<B> {
         Content::Lanes(spans) => {
             let end = spans.iter().map(|span| span.over.1).fold(0.0, f64::max);
             let begin = spans.iter().map(|span| span.over.0).fold(end, f64::min);
+            let x = begin..end.max(begin + 1e-6);
             let lanes = spans.iter().map(|span| span.lane).max().map_or(1, |lane| lane + 1);
             let mut chart = ChartBuilder::on(root)
                 .caption(&figure.title, ("sans-serif", 20))
                 .margin(12)
                 .x_label_area_size(42)
                 .y_label_area_size(52)
-                .build_cartesian_2d(begin..end.max(begin + 1e-6), -f64::from(lanes)..0.0)?;
+                .build_cartesian_2d(
+                    Ruler::new(x.clone(), ticks(&figure.x, &x)),
+                    // a worker's number is beside the middle of its lane
+                    Ruler::new(-f64::from(lanes)..0.0, (0..lanes).map(|lane| -f64::from(lane) - 0.5).collect()),
+                )?;
             chart
                 .configure_mesh()
                 .disable_mesh()
                 .x_desc(&figure.x.label)
                 .y_desc(&figure.y.label)
-                .y_labels(lanes as usize + 1)
-                .y_label_formatter(&|value| {
-                    if *value < 0.0 { format!("{}", (-value - 1.0).round()) } else { String::new() }
-                })
+                .x_label_formatter(&|value| tick(&figure.x, *value))
+                .y_label_formatter(&|value| short((-value - 0.5).round()))
                 .label_style(("sans-serif", 14))
                 .draw()?;
             for span in spans {
@@ -231,6 +237,58 @@ fn range(axis: &Axis, values: impl Iterator<Item = f64>) -> Range<f64> {
     if room > 0.0 { low..high + room } else { low - 0.5..high + 0.5 }
 }
 
+/// A range with ticks of its own.
+struct Ruler {
+    range: RangedCoordf64,
+    ticks: Vec<f64>,
+}
+
+impl Ruler {
+    fn new(range: Range<f64>, ticks: Vec<f64>) -> Self {
+        Self { range: range.into(), ticks }
+    }
+}
+
+impl Ranged for Ruler {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        self.range.map(value, limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.range()
+    }
+}
+
+/// Where an axis has its ticks: at 1, 2 and 5 times a power of ten.
+fn ticks(axis: &Axis, range: &Range<f64>) -> Vec<f64> {
+    const MOST: f64 = 10.0;
+    let width = range.end - range.start;
+    let steps = (-9..=18).flat_map(|power| [1.0, 2.0, 5.0].map(|digit| digit * 10f64.powi(power)));
+    let fine = |values: &[f64]| (3..=MOST as usize + 2).contains(&values.len());
+    if axis.log {
+        for digits in [&[1.0, 2.0, 3.0, 5.0, 7.0][..], &[1.0, 2.0, 5.0], &[1.0]] {
+            let powers = range.start.floor() as i32..=range.end.ceil() as i32;
+            let all = powers.flat_map(|power| digits.iter().map(move |digit: &f64| f64::from(power) + digit.log10()));
+            let within: Vec<f64> = all.filter(|at| range.contains(at)).collect();
+            if fine(&within) {
+                return within;
+            }
+        }
+    }
+    // of a logarithm: less than a half of a power of ten, or very many
+    let step = steps.into_iter().find(|step| width / step <= MOST).unwrap_or(width);
+    let step = if axis.log && width > MOST { step.ceil() } else { step };
+    let first = (range.start / step).ceil() as i64;
+    (0..=MOST as i64 + 2).map(|at| (first + at) as f64 * step).filter(|at| range.contains(at)).collect()
+}
+
 fn tick(axis: &Axis, value: f64) -> String {
     short(if axis.log { 10f64.powf(value) } else { value })
 }
@@ -281,6 +339,22 @@ mod tests {
             let decoder = png::Decoder::new(std::io::Cursor::new(&bytes));
             let reader = decoder.read_info().expect("a PNG");
             assert_eq!((reader.info().width, reader.info().height), SIZE);
+        }
+    }
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        let told = |axis: &Axis, range: Range<f64>| -> Vec<String> {
+            ticks(axis, &range).iter().map(|at| tick(axis, *at)).collect()
+        };
+        let (plain, log) = (Axis::new("x"), Axis::log("x"));
+        assert_eq!(told(&plain, 0.0..1.04), ["0", "0.2", "0.4", "0.6", "0.8", "1"]);
+        assert_eq!(told(&plain, 170.0..300.0), ["180", "200", "220", "240", "260", "280"]);
+        assert_eq!(told(&log, 0.6..1.65), ["5", "7", "10", "20", "30"]);
+        assert_eq!(told(&log, -1.2..1.1), ["0.1", "0.2", "0.5", "1", "2", "5", "10"]);
+        assert_eq!(told(&log, -3.0..4.5).len(), 8);
+        for range in [0.0..1e-9, -300.0..300.0, 1.0..1.0 + 1e-12, 0.0..1e17, 2.3..2.31] {
+            assert!(ticks(&plain, &range).len() <= 13 && ticks(&log, &range).len() <= 13, "{range:?}");
         }
     }
 

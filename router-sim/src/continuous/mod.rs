@@ -154,6 +154,8 @@ pub(crate) struct Engine {
     size: u64,
     chunk: u64,
     max_rows: usize,
+    /// Of an iteration: whoever plans every one exposes it in every one.
+    host: Micros,
     clock: Clock,
     /// The clock before the spell.
     before: Clock,
@@ -191,13 +193,13 @@ pub(crate) struct Engine {
 impl Engine {
     /// With nothing. Its bias is how slow it is; lanes are kept if `keep_lanes`.
     pub(crate) fn new(device: &Device, size: BlockSize, noise: Noise, keep_lanes: bool) -> Self {
-        // whoever plans every iteration exposes its host in every iteration
         let pace = Pace { start: Micros::ZERO, ..device.pace(Host::every(device.host)).with_noise(noise) };
         let clock = Clock::new(pace);
         Self {
             size: size.get(),
             chunk: device.chunk.max(1).into(),
             max_rows: device.max_rows.max(1) as usize,
+            host: device.host,
             before: clock.clone(),
             clock,
             pool: Pool::new(device.kv.0 / size.get()),
@@ -357,6 +359,7 @@ impl Engine {
         }
         self.gaps.push_back((self.steps, took));
         self.outcome.iterations += 1;
+        self.outcome.host += self.host;
         self.outcome.row_slices += self.decoding;
         self.outcome.computed += Tokens(self.decoding);
         self.outcome.busy += Micros(took.into());

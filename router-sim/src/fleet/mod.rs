@@ -11,7 +11,7 @@ mod turns;
 use std::collections::VecDeque;
 
 use router_core::{
-    BlockHash, BlockSize, Blocks, Choice, Commit, DecisionId, Micros, Prompt, Router, RouterError, Seen,
+    BlockHash, BlockSize, Blocks, Choice, Commit, DecisionId, Guarding, Micros, Prompt, Router, RouterError, Seen,
 };
 use router_core::{Tokens, WorkerId};
 
@@ -19,11 +19,9 @@ use self::heard::Heard;
 use self::turns::Turns;
 use crate::calendar::Calendar;
 use crate::continuous::{Arrival, Chains, Ended, Engine, Report, Said};
-use crate::random::mix;
 use crate::rival::{self, Rival, RivalError, Sight};
 use crate::run::{Run, RunError, System};
 use crate::served::{GuardCounts, Lane, Record, Sample, Served};
-use crate::timing::Noise;
 use crate::trace::TraceRequest;
 
 /// Samples after which the time between them doubles.
@@ -114,7 +112,7 @@ impl<'a, 'b> Drive<'a, 'b> {
         let size = run.block_size();
         let (policy, commit, guard, blind) = match &run.system {
             System::Continuous { policy, commit, guard } => (policy, *commit, *guard, false),
-            System::Uncommitted { policy } => (policy, Commit::Load, false, true),
+            System::Uncommitted { policy } => (policy, Commit::Load, Guarding::Off, true),
             System::Scheduled { .. } => return Err(RunError::NotRouted),
         };
         let policy = rival::make(policy, &run.fleet.device, run.fleet.workers, run.seed)?;
@@ -230,10 +228,8 @@ impl<'a, 'b> Drive<'a, 'b> {
         let place = self.slots.iter().zip(0u32..).position(|((slot, _), rank)| *slot != rank);
         let place = place.unwrap_or(self.slots.len());
         self.slots.insert(place, (place as u32, at));
-        let slow = if fleet.slow.is_empty() { 1.0 } else { fleet.slow[at as usize % fleet.slow.len()] };
-        let bias = fleet.noise.bias + if slow > 0.0 { slow.ln() } else { 0.0 };
-        let seed = mix(self.run.seed ^ mix(fleet.noise.seed ^ mix(u64::from(at) + 1)));
-        let engine = Engine::new(&fleet.device, self.size, Noise { bias, seed, ..fleet.noise }, at < LANES);
+        let noise = fleet.noise_of(at, self.run.seed);
+        let engine = Engine::new(&fleet.device, self.size, noise, at < LANES);
         self.workers.push(Worker { name, engine, heard: Heard::default(), lost: false, wakes: 0, due: None });
         Ok(())
     }

@@ -1,10 +1,11 @@
 use proptest::prelude::*;
-use router_core::{CostModel, Layout, PolicyName, least};
+use router_core::{CostModel, Guarding, Layout, PolicyName, least};
 
 use super::*;
 use crate::device::Device;
+use crate::random::mix;
 use crate::run::{Fleet, Sessions};
-use crate::timing::Law;
+use crate::timing::{Law, Noise};
 use crate::trace::Trace;
 
 const SECOND: Micros = Micros(1_000_000);
@@ -28,7 +29,7 @@ fn fleet(workers: u32) -> Fleet {
 }
 
 fn product() -> System {
-    System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: true }
+    System::Continuous { policy: "product".into(), commit: Commit::Prefixes, guard: Guarding::Filter }
 }
 
 /// A request of a made-up trace: milliseconds, session, blocks of its session's chain, tokens after these, output.
@@ -118,7 +119,7 @@ fn without_commits_a_burst_goes_to_one_worker() {
         counts
     };
     let policy = "least_requests".to_owned();
-    let committed = System::Continuous { policy: policy.clone(), commit: Commit::Load, guard: false };
+    let committed = System::Continuous { policy: policy.clone(), commit: Commit::Load, guard: Guarding::Off };
     assert_eq!(workers(committed), [3, 3, 3]);
     // nobody is known to have anything: all tie, and ties rotate
     let (_, blind) = log(&a_run(&trace, Fleet { delay: SECOND, ..fleet(3) }, System::Uncommitted { policy }));
@@ -171,7 +172,7 @@ fn what_no_worker_holds_is_counted_and_what_cannot_run_is_said() {
     assert_eq!((record.rejected, record.served.len(), record.served[0].request), (1, 1, 1));
     let fails = |run: Run<'_>| crate::run::run(&run, &mut |_| true).expect_err("it cannot run").to_string();
     assert_eq!(fails(a_run(&trace, fleet(0), product())), "a fleet needs at least one worker");
-    let typo = System::Continuous { policy: "prodcut".into(), commit: Commit::Load, guard: false };
+    let typo = System::Continuous { policy: "prodcut".into(), commit: Commit::Load, guard: Guarding::Off };
     let said = fails(a_run(&trace, fleet(1), typo));
     assert!(said.starts_with("no such policy: prodcut\n") && said.contains("product"), "{said}");
     let weight = System::Uncommitted { policy: "linear@2".into() };
@@ -222,7 +223,7 @@ proptest! {
             at => System::Continuous {
                 policy: name.into(),
                 commit: if at == 2 { Commit::Load } else { Commit::Prefixes },
-                guard: at < 2,
+                guard: if at < 2 { Guarding::Filter } else { Guarding::Off },
             },
         };
         let lost = case.lost.iter().map(|(at, worker)| (Micros(at * 1000), *worker)).collect();

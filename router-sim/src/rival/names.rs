@@ -1,6 +1,6 @@
 //! Every policy by its name, with a weight after `@` where it has one.
 
-use router_core::PolicyName;
+use router_core::{PolicyName, nearest};
 
 use super::indicators::Indicator;
 use super::{Core, Rival};
@@ -163,29 +163,9 @@ fn core(name: &str, seed: u64) -> Option<Box<dyn Rival>> {
 
 fn unknown(name: &str) -> RivalError {
     let names = names();
-    let near = names.iter().map(|known| (distance(name, known), *known)).min();
-    let nearest = match near {
-        // a third of its letters may be wrong
-        Some((edits, near)) if 3 * edits <= name.len().max(3) => format!("did you mean {near}?"),
-        _ => format!("policies: {}", names.join(", ")),
-    };
+    let nearest = nearest(name, names.iter().copied())
+        .map_or_else(|| format!("policies: {}", names.join(", ")), |near| format!("did you mean {near}?"));
     RivalError::Unknown { name: name.to_owned(), nearest }
-}
-
-/// Letters to change, add or leave out (Levenshtein).
-fn distance(one: &str, other: &str) -> usize {
-    let other: Vec<char> = other.chars().collect();
-    let mut row: Vec<usize> = (0..=other.len()).collect();
-    for (at, letter) in one.chars().enumerate() {
-        let mut corner = at;
-        row[0] = at + 1;
-        for (to, &wanted) in other.iter().enumerate() {
-            let change = corner + usize::from(letter != wanted);
-            corner = row[to + 1];
-            row[to + 1] = change.min(row[to] + 1).min(corner + 1);
-        }
-    }
-    row[other.len()]
 }
 
 #[cfg(test)]
@@ -229,15 +209,6 @@ mod unit {
         }
         for good in ["linear@0", "linear@1", "dynamo@0", "dynamo@64", "dynamo_softmax@1e-3", "d2lpm@1"] {
             assert_eq!(error(good), "", "{good}");
-        }
-    }
-
-    #[test]
-    fn distances_are_edits() {
-        for (one, other, edits) in
-            [("", "", 0), ("abc", "", 3), ("", "ab", 2), ("jsq", "jqs", 2), ("sticky", "stick", 1)]
-        {
-            assert_eq!(distance(one, other), edits, "{one} {other}");
         }
     }
 }
