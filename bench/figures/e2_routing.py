@@ -5,7 +5,8 @@ waits. Sessions are closed. Each policy that asks what workers hold runs twice: 
 index that engines report; weights are swept. "Tuned" is the best external policy of each point over all of these.
 
 A first pass runs everything with one seed. The second runs with all seeds what can matter: ours, min-TTFT and JSQ, which goals name, and at
-each point whatever came within a quarter of its best. What is judged is fixed beforehand: `JUDGED`.
+each point whatever came within a quarter of its best, or within twice of it with its source's weights. What is judged is fixed
+beforehand: `JUDGED`.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ SEARCH = ("product_anticipating", "min_ttft")
 """What the maximum rate is found with: between them they are the best of every trace in the simulation study."""
 
 NEAR = 1.25
+"""Times the best of a point up to which a policy runs with all seeds."""
+NEAR_FIXED = 2.0
+"""The same of external policies as their sources have them, whose means over all points are judged."""
 DIVERGED = 5.0
 """Times the best mean TTFT of a point at 90 % from which a policy counts as diverging."""
 
@@ -129,7 +133,8 @@ def point(traffic: Traffic, rate: float, seeds: int, device: str, window: str | 
     if seeds == 1:
         return cells
     best = min(cell.mean("ttft_mean") for cell in cells)
-    near = {cell.policy for cell in cells if cell.mean("ttft_mean") <= NEAR * best}
+    bound = {policy: NEAR_FIXED if policy in FIXED else NEAR for policy in everything}
+    near = {cell.policy for cell in cells if cell.mean("ttft_mean") <= bound[cell.policy] * best}
     again = tuple(p for p in everything if p in OURS or p in ("min_ttft", "jsq") or p in near)
     full = {key(cell): cell for cell in run(traffic, rate, seeds, again, device, window)}
     return [full.get(key(cell), cell) for cell in cells]

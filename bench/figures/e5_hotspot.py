@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def runs(trace: str, load: float, share: float, shared: int, seeds: int) -> list[Row]:
     rate = load * most_of_all(trace)
     command = [str(EXAMPLE), str(TRAFFIC[trace].path), f"{rate:.4g}"]
-    command += [str(share), str(shared), str(WORKERS), str(seeds)]
+    command += [str(share), str(shared), str(WORKERS), str(seeds), *TRAFFIC[trace].in_copies[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stderr.strip()}")

@@ -26,7 +26,7 @@ POINTS = (("conversation", 0.5, POLICIES, (0, 50, 500)), ("coder", 0.5, POLICIES
 COMMITS = ("prefixes", "load", "none")
 OPEN = ("product", "product_anticipating", "min_ttft", "sticky", "linear@0.6", "dynamo@16", "jsq")
 OPENED = ("--sessions", "open", "--until", "4000")
-"""A run is over at 4,000 s: one that diverges has served only a part by then, and its mean is kinder than the truth."""
+"""A run is over at 4,000 s. Of one that diverges, who still waits counts with the time waited, which is kinder than the truth."""
 
 Key = tuple[str, float, str, str, int]
 
@@ -35,6 +35,7 @@ def late(trace: str, load: float, policies: Sequence[str], delays: Sequence[int]
     """Mean TTFT by seed."""
     command = [str(BINARY), "simulate", "--json", "--trace", str(TRAFFIC[trace].path), "--workers", str(WORKERS)]
     command += ["--rate-scale", f"{load * most(trace):.4g}", "--cost-model", "7b-h20", "--seeds", str(seeds)]
+    command += TRAFFIC[trace].in_copies
     command += ["--policy", ",".join(policies), "--commit", ",".join(COMMITS), "--delay-ms", ",".join(map(str, delays))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -38,11 +38,18 @@ class Traffic:
     low: float
     """Times its rate at which nothing waits."""
     high: float
-    """Times its rate that no policy serves."""
+    """Times its rate that no policy serves, or at which pauses are half of what they were."""
+    copies: int | None = None
+    """Of how many copies every rate is made, where the contexts of one more would not fit into the fleet's caches at any rate."""
 
     @property
     def path(self) -> Path:
         return TRACES / self.file
+
+    @property
+    def in_copies(self) -> list[str]:
+        """As the command line takes it."""
+        return ["--copies", str(self.copies)] if self.copies else []
 
 
 TRAFFIC = {
@@ -50,7 +57,7 @@ TRAFFIC = {
     for one in (
         Traffic("conversation", "mooncake_conversation.jsonl.gz", None, 0.25, 5.0),
         Traffic("mixed", "mooncake_mixed.jsonl.gz", None, 0.25, 8.0),
-        Traffic("coder", "coder_sessions.jsonl.gz", None, 0.25, 6.0),
+        Traffic("coder", "coder_sessions.jsonl.gz", None, 0.25, 4.0, 2),
         Traffic("tau", "tau_airline.jsonl.gz", "0:216", 8.0, 300.0),
     )
 }
@@ -124,7 +131,7 @@ def simulate(
     """Runs policies on one trace at one rate; the cells in the order of policies, commits and guards."""
     command = [str(BINARY), "simulate", "--json", "--trace", str(traffic.path), "--rate-scale", f"{rate:.4g}"]
     command += ["--workers", str(workers), "--cost-model", device, "--policy", ",".join(policies)]
-    command += ["--commit", commit, "--guard", guard, "--seeds", str(seeds), *extra]
+    command += ["--commit", commit, "--guard", guard, "--seeds", str(seeds), *traffic.in_copies, *extra]
     if window or traffic.window:
         command += ["--window", window or str(traffic.window)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -49,17 +49,20 @@ fn main() {
 }
 
 fn run(args: &[String]) -> Result<(), String> {
-    let [file, scale, share, shared, workers, seeds] = args else {
-        return Err("hotspot TRACE RATE_SCALE SHARE SHARED WORKERS SEEDS".to_owned());
+    let [file, scale, share, shared, workers, seeds, copies @ ..] = args else {
+        return Err("hotspot TRACE RATE_SCALE SHARE SHARED WORKERS SEEDS [COPIES]".to_owned());
     };
     let number = |text: &str| text.parse::<f64>().map_err(|_| format!("not a number: {text}"));
     let (scale, share, shared) = (number(scale)?, number(share)?, number(shared)?);
     let (workers, seeds) = (number(workers)? as u32, number(seeds)? as u64);
+    let copies = copies.first().map(|text| number(text)).transpose()?.map(|copies| copies as u32);
     let bytes = std::fs::read(file).map_err(|error| format!("{file}: {error}"))?;
     let read = Trace::read(file, &bytes, None).map_err(|error| error.to_string())?.trace;
     let device = Device::named("7b-h20").map_err(|error| error.to_string())?;
     for seed in 1..=seeds {
-        let trace = read.jittered(seed).at_rate(scale, seed).map_err(|error| error.to_string())?;
+        let drawn = read.jittered(seed);
+        let trace = copies.map_or_else(|| drawn.at_rate(scale, seed), |copies| drawn.in_copies(scale, copies, seed));
+        let trace = trace.map_err(|error| error.to_string())?;
         let from = trace.requests.last().map_or(0.0, |last| last.at.0 as f64 * 1e-6 / 3.0).floor();
         let during = |at: Micros| (from..from + SECONDS).contains(&(at.0 as f64 * 1e-6));
         let beside = trace.requests.iter().filter(|request| during(request.at)).count() as f64 / SECONDS;

@@ -268,7 +268,8 @@ fn imbalance<'a>(samples: impl Iterator<Item = &'a Vec<u32>>) -> Option<f64> {
 fn deviation(values: impl Iterator<Item = f64> + Clone) -> f64 {
     let number = values.clone().count().max(1) as f64;
     let mean = values.clone().sum::<f64>() / number;
-    (values.map(|value| (value - mean).powi(2)).sum::<f64>() / number).sqrt()
+    // the sum of nothing is -0
+    (values.map(|value| (value - mean).powi(2)).fold(0.0, |sum, square| sum + square) / number).sqrt()
 }
 
 impl Served {

@@ -47,6 +47,9 @@ pub struct Asked {
         allow_hyphen_values = true
     )]
     pub rate_scale: Vec<String>,
+    /// How many copies of the trace make its rate; without it as few as do. To compare rates, as many as the highest needs.
+    #[arg(long, help_heading = "Requests", value_name = "N")]
+    pub copies: Option<String>,
     /// Only requests from A to B seconds of the trace.
     #[arg(long, help_heading = "Requests", value_name = "A:B", allow_hyphen_values = true)]
     pub window: Option<String>,

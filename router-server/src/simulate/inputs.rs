@@ -7,7 +7,7 @@ use router_sim::{Device, Trace, rival};
 
 use super::args::Asked;
 use super::names::Scheduler;
-use super::plan::{above_zero, bounded, pair};
+use super::plan::{above_zero, bounded, pair, whole};
 
 /// Built-in names of generated requests.
 const GENERATED: &str = "synthetic-";
@@ -25,8 +25,8 @@ pub struct Source {
 
 #[derive(Debug)]
 enum Kind {
-    /// Read of a file.
-    Recorded(Trace),
+    /// Read of a file; and in how many copies it is to run, where that is said.
+    Recorded(Trace, Option<u32>),
     /// Drawn anew for each seed: so many a second, for so many seconds.
     Generated(f64, f64),
 }
@@ -35,7 +35,8 @@ impl Source {
     /// At so many times its rate, as this seed has it: arrivals shifted a little, or all drawn.
     pub fn scaled(&self, rate_scale: f64, seed: u64) -> Result<Trace, String> {
         let scaled = match &self.kind {
-            Kind::Recorded(trace) => trace.jittered(seed).at_rate(rate_scale, seed),
+            Kind::Recorded(trace, None) => trace.jittered(seed).at_rate(rate_scale, seed),
+            Kind::Recorded(trace, Some(copies)) => trace.jittered(seed).in_copies(rate_scale, *copies, seed),
             Kind::Generated(rate, seconds) => Trace::synthetic(&self.name, rate * rate_scale, *seconds, seed),
         };
         scaled.map_err(line)
@@ -44,8 +45,9 @@ impl Source {
     /// How many requests that is, about.
     pub fn requests_at(&self, rate_scale: f64) -> f64 {
         match &self.kind {
+            Kind::Recorded(trace, Some(copies)) => trace.requests.len() as f64 * f64::from(*copies),
             // more than 2 or 4 times as fast are copies
-            Kind::Recorded(trace) => {
+            Kind::Recorded(trace, None) => {
                 let turns = trace.requests.iter().any(|request| request.session.is_some());
                 trace.requests.len() as f64 * (rate_scale / if turns { 2.0 } else { 4.0 }).ceil().max(1.0)
             }
@@ -56,7 +58,7 @@ impl Source {
     /// As it was recorded, where it was.
     pub fn recorded(&self) -> Option<&Trace> {
         match &self.kind {
-            Kind::Recorded(trace) => Some(trace),
+            Kind::Recorded(trace, _) => Some(trace),
             Kind::Generated(..) => None,
         }
     }
@@ -82,6 +84,9 @@ fn source(name: &str, asked: &Asked, window: Option<(f64, f64)>) -> Result<Sourc
     if name.starts_with(GENERATED) && !Path::new(name).exists() {
         let rate = asked.rate.as_deref().ok_or_else(|| format!("{name} needs --rate, its requests a second"))?;
         let (rate, seconds) = (above_zero("rate", rate, 1e9)?, above_zero("seconds", &asked.seconds, 1e9)?);
+        if asked.copies.is_some() {
+            return Err("copies are of files: generated requests come at any rate".into());
+        }
         if window.is_some() {
             return Err("window is for files: generated requests last as long as --seconds says".into());
         }
@@ -91,11 +96,12 @@ fn source(name: &str, asked: &Asked, window: Option<(f64, f64)>) -> Result<Sourc
         Trace::synthetic(name, rate, seconds, 1).map_err(line)?;
         return Ok(source);
     }
+    let copies = asked.copies.as_deref().map(|text| whole("copies", text)).transpose()?;
     let mut trace = read(Path::new(name))?;
     if let Some((from, to)) = window {
         trace = trace.window(from, to).map_err(line)?;
     }
-    Ok(Source { name: trace.name.clone(), kind: Kind::Recorded(trace) })
+    Ok(Source { name: trace.name.clone(), kind: Kind::Recorded(trace, copies) })
 }
 
 /// A trace of a file; the size of its blocks may be in `NAME.meta.json` beside it.

@@ -299,9 +299,10 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_in_one_line() {
         type Change = fn(&mut Asked);
-        let wrong: [(Change, &str); 23] = [
+        let wrong: [(Change, &str); 24] = [
             (|a| a.workers = vec!["0".into()], "workers must be a whole number of at least 1: 0"),
             (|a| a.workers = vec!["-1".into()], "workers"),
+            (|a| a.copies = Some("0".into()), "copies"),
             (|a| a.rate_scale = vec!["0".into()], "rate-scale must be a number above 0: 0"),
             (|a| a.rate_scale = vec!["inf".into()], "rate-scale"),
             (|a| a.rate = Some("0".into()), "rate must be a number above 0: 0"),

@@ -31,17 +31,26 @@ impl Trace {
     /// goes round: what was before that place follows the end as another conversation. If conversations are under way at the trace's start,
     /// all copies begin within its first tenth. Jitter it before, not after.
     pub fn at_rate(&self, scale: f64, seed: u64) -> Result<Self, TraceError> {
+        let most = if self.sessions() > 0 { 2.0 } else { 4.0 };
+        // what is no number is refused below
+        self.in_copies(scale, (scale / most).ceil().clamp(1.0, u32::MAX.into()) as u32, seed)
+    }
+
+    /// The same in so many copies, whatever the rate. As many conversations are under way at once as there are copies of them, and what
+    /// these have cached is to fit into workers: rates are compared at one number of copies, which is that of the highest.
+    pub fn in_copies(&self, scale: f64, copies: u32, seed: u64) -> Result<Self, TraceError> {
         if !(scale.is_finite() && scale > 0.0) {
             return Err(self.number("rate scale", scale, "a rate scale is more than 0"));
         }
-        let most = if self.sessions() > 0 { 2.0 } else { 4.0 };
-        let copies = (scale / most).ceil().max(1.0);
-        if copies * self.requests.len() as f64 > MOST_REQUESTS as f64 {
+        if copies == 0 {
+            return Err(self.number("copies", 0.0, "at least one"));
+        }
+        if f64::from(copies) * self.requests.len() as f64 > MOST_REQUESTS as f64 {
             return Err(self.whole(Problem::Most("134 million requests")));
         }
-        let faster = scale / copies;
+        let faster = scale / f64::from(copies);
         let period = self.period() / faster;
-        let copies = copies as u64;
+        let copies = u64::from(copies);
         let mut random = Random::new(seed);
         let public = Public::of(self);
         let within = if self.begins_late() { EARLY } else { 1.0 };
