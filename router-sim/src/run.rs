@@ -168,8 +168,8 @@ mod tests {
         assert!(again.bias.to_bits() == drawn[7].to_bits() && again.seed == biased.noise_of(7, 1).seed);
         assert!(biased.noise_of(7, 2).bias.to_bits() != drawn[7].to_bits(), "another run has other workers");
         let slow = Fleet { slow: vec![1.0, 2.0], ..fleet(Noise::default(), 2) };
-        let biases = [0, 1, 2].map(|slot| slow.noise_of(slot, 1).bias.to_bits());
-        assert_eq!(biases, [0.0, 2f64.ln(), 0.0].map(f64::to_bits));
+        let logs = [0, 1, 2].map(|slot| slow.noise_of(slot, 1).bias.to_bits());
+        assert_eq!(logs, [0.0, 2f64.ln(), 0.0].map(f64::to_bits));
     }
 
     /// One request a worker, alone there, so that its time is the worker's alone; and what its devices waited for.
