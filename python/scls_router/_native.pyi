@@ -6,7 +6,19 @@ from scls_router import scheduling
 from scls_router._router import Candidate, View, WorkerLoad
 from scls_router.scheduling import Action, Batch, BatchRecord, Refusal, RowKey, RowTokens, SliceReport
 
-__all__ = ["Batcher", "CostModel", "Decision", "Offloader", "Router", "Scheduler", "__version__", "hash_blocks", "main"]
+__all__ = [
+    "Batcher",
+    "CostModel",
+    "Decision",
+    "Offloader",
+    "Router",
+    "Scheduler",
+    "_Runs",
+    "__version__",
+    "_simulate",
+    "hash_blocks",
+    "main",
+]
 
 __version__: str
 
