@@ -138,11 +138,12 @@ fn property_14_the_best_slice_is_far_longer_where_kv_is_dropped() {
     assert!(dropped >= 4 * kept, "{kept} and {dropped}");
 }
 
-/// A run that keeps a line a request, and counts tokens instead of drawing them, is the run that keeps all.
+/// A run that keeps a line a request, and counts tokens instead of drawing them, is the run that keeps all, as long as no row
+/// that lost its KV finds some of its own blocks again.
 #[test]
 fn a_lean_run_is_the_same_run() {
     for (mode, layout, rate) in [
-        (Mode::Slice, Layout::Paged, 40.0),
+        (Mode::Slice, Layout::Paged, 32.0),
         (Mode::Ils, Layout::Paged, 20.0),
         (Mode::Pooled(Pooled::scls()), Layout::Padded, 6.0),
     ] {
@@ -174,7 +175,11 @@ fn a_lean_run_is_the_same_run() {
         let counted = Run { trace: &trace, fleet, system, sessions, limit: 1024, seed: 9, until, sample_every };
         let drawn = Run { trace: &named, ..counted.clone() };
         let [counted, drawn] = [counted, drawn].map(|asked| run(&asked, &mut |_| true).expect("it runs"));
-        assert_eq!(counted.served, drawn.served, "{mode} {layout:?}");
+        let found: u64 = drawn.workers.iter().map(|worker| worker.cached.0).sum();
+        assert_eq!(found, 0, "{mode}: a row whose KV was taken found blocks of its own again, which are not counted");
+        let differs = counted.served.iter().zip(&drawn.served).find(|(counted, drawn)| counted != drawn);
+        assert_eq!(differs, None, "{mode} {layout:?}");
+        assert_eq!(counted.served.len(), drawn.served.len(), "{mode}");
         assert_eq!(counted.samples, drawn.samples, "{mode}");
         assert_eq!(counted.lanes, drawn.lanes, "{mode}");
         assert!(counted.served.iter().all(|one| one.ended > one.arrived && one.first > one.arrived), "{mode}");
