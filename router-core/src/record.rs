@@ -63,8 +63,7 @@ pub struct Work {
 
 impl Work {
     /// Of rows that `entered` with so many tokens, by the worker's report.
-    pub(crate) fn of(entered: &[(RowKey, Tokens)], report: &SliceReport) -> Self {
-        let mut entered = entered.to_vec();
+    pub(crate) fn of(mut entered: Vec<(RowKey, Tokens)>, report: &SliceReport) -> Self {
         entered.sort_unstable_by_key(|(key, _)| *key);
         let mut work = Self::default();
         for row in &report.rows {
@@ -158,7 +157,7 @@ mod tests {
             rows: (0..).zip(rows).map(reported).collect(),
             next: None,
         };
-        Work::of(&entered, &report)
+        Work::of(entered, &report)
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl Scheduler {
             let emitted: Tokens = report.rows.iter().map(|row| row.emitted).sum();
             let stopped = report.rows.iter().filter(|row| row.finish == Some(FinishReason::Stop)).count();
             worker.estimator.observe_ends(emitted.0, stopped as u64);
-            let work = Work::of(&running.entered, report);
+            let work = Work::of(running.entered, report);
             let outcome = BatchOutcome { end: report.end, steps: report.steps, time, band, peak: report.peak, work };
             if self.batches.len() == LATEST {
                 self.batches.pop_front();
