@@ -150,15 +150,10 @@ def top_rate(cache: Cache, traffic: Traffic, device: str) -> float:
     return float(found)
 
 
-def resumed(
-    cache: Cache, traffic: Traffic, load: float, most: float, seeds: int, device: str, so_far: bool
-) -> list[Cell] | None:
-    """A point with so many seeds. `so_far`: with as many as were run, `None` if it was not."""
-    key = f"{device}-{traffic.name}-{load:g}-"
-    if so_far:
-        run_with = next((count for count in range(seeds, 0, -1) if cache.get(f"{key}{count}")), None)
-        return cache.cells(f"{key}{run_with}", list) if run_with else None
-    return cache.cells(f"{key}{seeds}", lambda: point(traffic, load * most, seeds, device, None))
+def resumed(cache: Cache, traffic: Traffic, load: float, most: float, seeds: int, device: str) -> list[Cell]:
+    """A point, run unless it was."""
+    key = f"{device}-{traffic.name}-{load:g}-{seeds}"
+    return cache.cells(key, lambda: point(traffic, load * most, seeds, device, None))
 
 
 Points = dict[tuple[str, float], list[Cell]]
@@ -307,9 +302,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="7b-h20")
     parser.add_argument("--json", type=Path, default=None, help="where the report goes")
-    parser.add_argument(
-        "--so-far", action="store_true", help="run nothing: report what was run, with as many seeds as it has"
-    )
     parser.add_argument("--smoke", action="store_true", help="one window, one load, one seed: seconds")
     args = parser.parse_args()
     began = time.monotonic()
@@ -321,15 +313,12 @@ def main() -> None:
     else:
         cache = Cache("e2")
         for name in args.traces.split(","):
-            if args.so_far and cache.get(f"{args.device}-{name}") is None:
-                continue
             most[name] = top_rate(cache, TRAFFIC[name], args.device)
             print(f"{name}: at most {most[name]:.3g} times its rate ({time.monotonic() - began:.0f} s)", flush=True)
             for load in map(float, args.loads.split(",")):
-                cells = resumed(cache, TRAFFIC[name], load, most[name], args.seeds, args.device, args.so_far)
-                if cells is not None:
-                    points[name, load] = cells
-                    show({(name, load): cells})
+                cells = resumed(cache, TRAFFIC[name], load, most[name], args.seeds, args.device)
+                points[name, load] = cells
+                show({(name, load): cells})
     goals, losses, table = judge(points)
     print_goals(goals)
     for loss in losses:
@@ -341,9 +330,8 @@ def main() -> None:
             for cell in cells
             if math.isfinite(cell.mean("ttft_mean"))
         ]
-        command = "bench/figures/e2_routing.py" + (" --so-far" if args.so_far else "") + " --json bench/results/e2.json"
-        seconds = math.nan if args.so_far else time.monotonic() - began
-        header = report("e2_routing", command, seconds, device=args.device, max_rate=most, **table)
+        command = "bench/figures/e2_routing.py --json bench/results/e2.json"
+        header = report("e2_routing", command, time.monotonic() - began, device=args.device, max_rate=most, **table)
         write(args.json, {**header, "losses": losses, "rows": rows, "goals": goals})
 
 
