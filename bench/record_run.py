@@ -282,7 +282,7 @@ def play_demo(run: Run) -> None:
             history.append({"role": "assistant", "content": text_of(run, answer)})
             turn += 1
 
-    sessions = dialogues(16)
+    sessions = dialogues(40)
     together([lambda s=s, m=m: play(s, m) for s, m in enumerate(sessions)])
 
 
@@ -293,7 +293,7 @@ def text_of(run: Run, asked: Asked) -> str:
 def play_burst(run: Run) -> None:
     """All at once on CPU workers, with answers that end by themselves."""
     draw = random.Random(5)
-    prompts = [[draw.randrange(3, 500) for _ in range(draw.randrange(8, 200))] for _ in range(48)]
+    prompts = [[draw.randrange(3, 500) for _ in range(draw.randrange(8, 200))] for _ in range(160)]
     run.probe("/v1/completions", lambda at: {"prompt": [3 + at, *prompts[at]], "temperature": 0})
 
     def play(at: int) -> None:
@@ -359,10 +359,10 @@ class Workload:
 
     def fleet(self, stack: ExitStack) -> Router:
         if not self.mocks:
-            up = ["--model", str(MODEL), "--workers", "2", "--python", sys.executable, "--log-level", "warn"]
+            up = ["--model", str(MODEL), "--workers", "1", "--python", sys.executable, "--log-level", "warn"]
             up += ["--cost-model", str(calibrated())]
             router = stack.enter_context(Router([], *up, *self.flags, ready=0, command="up"))
-            router.wait_ready(2, 120)
+            router.wait_ready(1, 120)
             return router
         timing = ["--step-us", "20000", "--row-us", "400", "--prefill-us-per-token", "120", "--vocab", str(VOCAB)]
         made = [RustMock(*timing, "--layout", self.layout, "--worker-id", f"mock-{i}") for i in range(self.mocks)]
@@ -376,8 +376,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "demo_cpu_2_workers": Workload(play_demo),
-    "burst_cpu_2_workers": Workload(play_burst),
+    "demo_cpu": Workload(play_demo),
+    "burst_cpu": Workload(play_burst),
     "mock_4_workers": Workload(lambda run: play_mock(run, 14, 10), mocks=4),
     "mock_4_workers_ils": Workload(lambda run: play_mock(run, 14, 10), mocks=4, flags=("--scheduler", "ils")),
     "mock_4_workers_scls": Workload(

@@ -13,6 +13,7 @@
 //! A turn comes as long after the end of the turn before it as it did in the recording, so that a model that is too fast is
 //! shown by the throughput too.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -34,7 +35,7 @@ use crate::timing::Pace;
 
 /// How far a mean may be off before the runs' own spread excuses it.
 const WITHIN: f64 = 0.10;
-/// How far the time of a batch may be off, in the median.
+/// How far the times of batches may be off in the median before the runs' own spread excuses it.
 const SLICE_WITHIN: f64 = 0.05;
 const FOREVER: Micros = Micros(u64::MAX / 4);
 /// Things that may happen in a replay for each of its tokens: what never ends is found.
@@ -51,9 +52,10 @@ pub struct Metric {
     pub recorded: f64,
     /// Mean over their replays.
     pub simulated: f64,
-    /// The simulated over the recorded, less one; of slice times the median of the batches' errors without their signs.
+    /// The simulated over the recorded, less one; of slice times the median over the batches.
     pub error: f64,
-    /// How far the run that is farthest from the runs' mean is from it.
+    /// How far the run that is farthest from the runs' mean is from it; of slice times how far a run's median error is from
+    /// that of all.
     pub spread: f64,
     /// What the error may be, either way.
     pub bound: f64,
@@ -72,8 +74,10 @@ pub struct Fidelity {
     pub around: f64,
     /// Seconds between iterations, mean over the runs.
     pub between: f64,
-    /// Median over all batches of the model's time over the measured one, less one, with its sign.
-    pub slice_bias: f64,
+    /// How far the model's time of a single batch is off, in the median, whatever the sign.
+    pub slice_off: f64,
+    /// How far batches that computed the same are from one another: see `slice_spread`.
+    pub slice_spread: f64,
     /// What is compared.
     pub metrics: Vec<Metric>,
 }
@@ -94,7 +98,7 @@ impl Fidelity {
 
 impl fmt::Display for Fidelity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, runs, busy_before, around, between, slice_bias, .. } = self;
+        let Self { name, runs, busy_before, around, between, slice_off, slice_spread, .. } = self;
         writeln!(f, "{name}: {runs} runs on a machine that others used to {:.0} % at most", busy_before * 100.0)?;
         writeln!(
             f,
@@ -113,10 +117,12 @@ impl fmt::Display for Fidelity {
         }
         write!(
             f,
-            "around a request {:.2} ms, between iterations {:.2} ms; slice times {:+.1} % in the median",
+            "around a request {:.2} ms, between iterations {:.2} ms; a slice is off by {:.1} % either way in the median, \
+             where slices that computed the same differ by {:.1} %",
             around * 1e3,
             between * 1e3,
-            slice_bias * 100.0
+            slice_off * 100.0,
+            slice_spread * 100.0
         )
     }
 }
@@ -124,6 +130,7 @@ impl fmt::Display for Fidelity {
 /// Replays each run and compares.
 pub fn validate(recorded: &RecordedRun) -> Result<Fidelity, RecordingError> {
     let (mut real, mut model, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    let mut biases = Vec::new();
     let (mut around, mut between) = (0.0, 0.0);
     let fitted = recorded.calibration.as_ref().map(fit).transpose()?;
     for run in &recorded.runs {
@@ -132,7 +139,9 @@ pub fn validate(recorded: &RecordedRun) -> Result<Fidelity, RecordingError> {
         between += setting.between * 1e-6;
         real.push(Figures::recorded(run));
         model.push(replay(recorded, run, &setting)?);
-        errors.extend(slice_errors(run, &setting));
+        let of_run: Vec<_> = slice_errors(run, &setting).collect();
+        biases.push(median(of_run.iter().map(|error| error.1).collect()));
+        errors.extend(of_run);
     }
     let count = recorded.runs.len() as f64;
     let mut metrics: Vec<Metric> = Figures::NAMES
@@ -151,14 +160,15 @@ pub fn validate(recorded: &RecordedRun) -> Result<Fidelity, RecordingError> {
     let times: Vec<f64> = batches.map(|batch| batch.time_us as f64 * 1e-3).collect();
     let slice_bias = median(errors.iter().map(|error| error.1).collect());
     if !errors.is_empty() {
+        let spread = biases.iter().map(|bias| (bias - slice_bias).abs()).fold(0.0, f64::max);
         metrics.push(Metric {
             name: "slice time",
             unit: "ms",
             recorded: median(times),
             simulated: median(errors.iter().map(|error| error.0 * 1e3).collect()),
-            error: median(errors.iter().map(|error| error.1.abs()).collect()),
-            spread: 0.0,
-            bound: SLICE_WITHIN,
+            error: slice_bias,
+            spread,
+            bound: SLICE_WITHIN.max(spread),
         });
     }
     Ok(Fidelity {
@@ -167,7 +177,8 @@ pub fn validate(recorded: &RecordedRun) -> Result<Fidelity, RecordingError> {
         busy_before: recorded.runs.iter().map(|run| run.busy_before).fold(0.0, f64::max),
         around: around / count,
         between: between / count,
-        slice_bias,
+        slice_off: median(errors.iter().map(|error| error.1.abs()).collect()),
+        slice_spread: slice_spread(&recorded.runs),
         metrics,
     })
 }
@@ -265,6 +276,24 @@ fn slice_errors(run: &OneRun, setting: &Setting) -> impl Iterator<Item = (f64, f
         let seconds = work(batch).seconds(&model, batch.rows, batch.steps);
         Some((seconds, seconds * 1e6 / batch.time_us as f64 - 1.0))
     })
+}
+
+/// How far batches that computed the same are from one another: of such a group the one that is farthest from the mean,
+/// relative to it; the median over the groups. No model of what a batch computes can be nearer to it than that.
+fn slice_spread(runs: &[OneRun]) -> f64 {
+    // within a twentieth is the same: answers differ by a token between runs
+    let about = |count: u64| ((count as f64).max(1.0).ln() / 1.05_f64.ln()).round() as i32;
+    let mut alike: HashMap<_, Vec<f64>> = HashMap::new();
+    for batch in runs.iter().flat_map(ran) {
+        let counts = [batch.prefill_tokens, batch.pairs, batch.decoded_tokens, batch.context_tokens];
+        let key = (batch.rows, batch.steps, batch.fills, counts.map(about));
+        alike.entry(key).or_default().push(batch.time_us as f64);
+    }
+    let farthest = alike.values().filter(|times| times.len() > 1).map(|times| {
+        let mean = times.iter().sum::<f64>() / times.len() as f64;
+        times.iter().map(|time| (time / mean - 1.0).abs()).fold(0.0, f64::max)
+    });
+    median(farthest.collect())
 }
 
 /// The same requests to modelled workers.
