@@ -1,10 +1,11 @@
 """Attention over KV in blocks, for rows packed one behind the other: what transformers calls in each layer.
 
 A pass is made once an iteration and says where each token's KV goes and which KV it sees; the layers only gather. `Pass`
-is that of blocks, `rectangle.Rectangle` of a padded batch: plain SDPA, the same on every device. Knows blocks as numbers,
-no rows, no model.
+is that of blocks, `rectangle.Rectangle` of a padded batch: plain SDPA, the same on every device. `native.NativePass` is
+the fast one of blocks on a CPU. Knows blocks as numbers, no rows, no model.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +37,40 @@ class Attention(Protocol):
         """All KV of a layer is written before any is read: rows see each other's."""
 
 
+# The pass that runs now, by runner: what a layer's call finds there. A number is all that a compiled forward has to carry.
+passes: dict[int, Attention] = {}
+new_runner = itertools.count().__next__
+
+# Opaque to torch.compile: which pass it is, and where KV lies, is seen only when it runs.
+library = torch.library.Library("scls", "DEF")
+library.define(
+    "attend(Tensor query, Tensor key, Tensor value, int runner, int layer, float scaling, int? window, float? softcap)"
+    " -> Tensor"
+)
+
+
+def run_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runner: int,
+    layer: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    return passes[runner].attend(layer, query, key, value, scaling, window, softcap)
+
+
+def fake_attend(query: Tensor, *others: Any) -> Tensor:
+    _, heads, tokens, width = query.shape
+    return query.new_empty(1, tokens, heads, width)
+
+
+library.impl("attend", run_attend, "CompositeExplicitAutograd")
+torch.library.register_fake("scls::attend", fake_attend, lib=library)
+
+
 def attend(
     module: Any,
     query: Tensor,  # [1, H, T, D]
@@ -44,7 +79,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    scls: Attention | None = None,
+    scls: int | None = None,  # the runner
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
@@ -57,7 +92,7 @@ def attend(
     unknown = [name for name, value in others.items() if value is not None and name not in HARMLESS]
     if unknown:
         raise NotImplementedError(f"attention argument: {', '.join(sorted(unknown))}")
-    return scls.attend(module.layer_idx, query, key, value, scaling, sliding_window, softcap), None
+    return torch.ops.scls.attend(query, key, value, scls, module.layer_idx, scaling, sliding_window, softcap), None
 
 
 class Span(NamedTuple):

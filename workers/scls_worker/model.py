@@ -5,6 +5,7 @@ rows there are next, nor who asked.
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from . import __version__
-from .attention import Pass, Span, attend
+from . import __version__, native
+from .attention import Pass, Span, attend, new_runner, passes
 from .config import first_line, kv_shape, longest_context, read_config
 from .errors import StartupError
 from .folder import eos_token_ids
@@ -30,6 +31,10 @@ from .options import CONTEXTS_A_POOL, Served
 from .rectangle import Rectangle
 from .rows import Chunk, Drawn, Row, RowKey
 from .sampling import Want, draw_tokens
+
+log = logging.getLogger(__name__)
+
+Here = Pass | Rectangle | native.NativePass
 
 AttentionInterface.register("scls", attend)
 AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
@@ -59,6 +64,12 @@ class ModelRunner:
             )
             for _ in range(config.num_hidden_layers)
         ]
+        self.number = new_runner()
+        self.native: native.Native | None = None
+        refused = native.refusal(self.device, model.dtype, block_size, shape[-1]) if not padded else "padded layout"
+        if refused is None:
+            self.native = native.Native(self.pools, block_size)
+        log.info("attention: %s", self.native.name if self.native else f"sdpa ({refused})")
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
@@ -73,7 +84,7 @@ class ModelRunner:
         drawn = {here.order[i]: one for i, one in zip(drawing, draw_tokens(logits, wants), strict=True)}
         return [drawn[i] for i in sorted(drawn)]
 
-    def _lay(self, chunks: Sequence[Chunk]) -> tuple[Pass | Rectangle, NDArray[np.uint32]]:
+    def _lay(self, chunks: Sequence[Chunk]) -> tuple[Here, NDArray[np.uint32]]:
         """The pass, and its token ids in the pass's order."""
         ids = [chunk.row.tokens[chunk.start : chunk.start + chunk.size] for chunk in chunks]
         if self.padded:
@@ -86,20 +97,29 @@ class ModelRunner:
                 row[: len(its)] = its
             return rectangle, cells.reshape(-1)
         spans = [Span(chunk.row.blocks, chunk.start, chunk.size) for chunk in chunks]
-        packed = Pass(spans, self.block_size, self.pools, self.device)
+        packed = self.lay(spans)
         return packed, np.concatenate([ids[i] for i in packed.order])
 
-    def _logits(self, ids: Tensor, here: Pass | Rectangle, drawing: Sequence[int]) -> Tensor:
+    def lay(self, spans: Sequence[Span]) -> Pass | native.NativePass:
+        if self.native:
+            return self.native.lay(spans)
+        return Pass(spans, self.block_size, self.pools, self.device)
+
+    def _logits(self, ids: Tensor, here: Here, drawing: Sequence[int]) -> Tensor:
         """Of the last tokens of the spans `drawing`. The family's own forward makes them: what it does behind the
         output layer (Gemma 2 caps logits softly) is no business of ours.
         """
-        out = self.model(
-            input_ids=ids[None],
-            position_ids=here.positions[None],
-            use_cache=False,
-            logits_to_keep=here.ends[list(drawing)],
-            scls=here,
-        )
+        passes[self.number] = here
+        try:
+            out = self.model(
+                input_ids=ids[None],
+                position_ids=here.positions[None],
+                use_cache=False,
+                logits_to_keep=here.ends[list(drawing)],
+                scls=self.number,
+            )
+        finally:
+            del passes[self.number]
         logits: Tensor = out.logits[0]
         return logits
 

@@ -78,12 +78,13 @@ def test_attend_is_plain_attention(
             for pool, computed in zip(pools[layer], (k, v), strict=True):
                 pool[mine[: span.start]] = computed[: span.start]
         packed = [torch.cat([rows[i][what][-spans[i].size :] for i in here.order]) for what in range(3)]
+        attention.passes[0] = here
         out, _ = attention.attend(
             SimpleNamespace(layer_idx=layer),
             *(tensor.transpose(0, 1)[None] for tensor in packed),
             None,
             scaling=SCALING,
-            scls=here,
+            scls=0,
             sliding_window=window,
             softcap=softcap,
         )
@@ -133,6 +134,7 @@ def test_a_rectangle_is_plain_attention(
                 cell[:count] = row[first : first + count]
             return part.flatten(0, 1).transpose(0, 1)[None]
 
+        attention.passes[0] = here
         out, _ = attention.attend(
             SimpleNamespace(layer_idx=0),
             cells(q),
@@ -140,7 +142,7 @@ def test_a_rectangle_is_plain_attention(
             cells(v),
             None,
             scaling=SCALING,
-            scls=here,
+            scls=0,
             sliding_window=window,
             softcap=softcap,
         )
@@ -166,6 +168,7 @@ def test_arguments_that_are_not_understood_are_refused(argument: str) -> None:
     here = attention.Pass([attention.Span([0], 0, 1)], 4, pools, CPU)
     one = torch.zeros(1, 1, 1, WIDTH)
     module = SimpleNamespace(layer_idx=0)
-    attention.attend(module, one, one, one, None, scaling=1.0, scls=here, **{argument: None})
+    attention.passes[0] = here
+    attention.attend(module, one, one, one, None, scaling=1.0, scls=0, **{argument: None})
     with pytest.raises(NotImplementedError, match=argument):
-        attention.attend(module, one, one, one, None, scaling=1.0, scls=here, **{argument: torch.zeros(1)})
+        attention.attend(module, one, one, one, None, scaling=1.0, scls=0, **{argument: torch.zeros(1)})

@@ -24,7 +24,7 @@ attention = pytest.importorskip("scls_worker.attention")
 rectangle = pytest.importorskip("scls_worker.rectangle")
 
 LIST, NONE = pb.Plan.KEEP_LIST, pb.Plan.KEEP_NONE
-BLOCKS, BLOCK = 64, 4
+TOKENS = 256  # that a pool holds
 # Where transformers itself can hardly tell its two best tokens apart, nothing more is asked of a row.
 TIE = 1e-4
 
@@ -36,8 +36,8 @@ def options(folder: Path, *more: str) -> argparse.Namespace:
 class Family:
     """One model twice: in our runner, and in transformers with its own attention and cache."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, block: int = 4) -> None:
+        self.folder, self.block = folder, block
         self.weights = model_.load(folder, "cpu", "float32")
         # Eager: SDPA knows no soft cap, and a reference should be simple.
         self.plain = transformers.AutoModelForCausalLM.from_pretrained(
@@ -47,7 +47,8 @@ class Family:
     def router(self, chunk_tokens: int = 16, padded: bool = False) -> Router:
         return Router(
             self.runner(padded),
-            blocks=BLOCKS,
+            blocks=TOKENS // self.block,
+            block_size=self.block,
             vocab_size=VOCAB,
             max_context=256,
             eos_token_ids=[],
@@ -56,7 +57,9 @@ class Family:
         )
 
     def runner(self, padded: bool = False) -> Any:
-        return model_.ModelRunner(self.weights, BLOCKS, BLOCK, padded)
+        runner = model_.ModelRunner(self.weights, TOKENS // self.block, self.block, padded)
+        assert padded or (runner.native is not None) is (self.block == 16)
+        return runner
 
     def check(self, router: Router, *rows: pb.RowStart) -> None:
         for row in rows:
@@ -88,15 +91,16 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
 
     @lru_cache
-    def make(name: str) -> Family:
-        return Family(tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=1))
+    def make(name: str, block: int = 4) -> Family:
+        return Family(tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=1), block)
 
     return make
 
 
-@pytest.fixture(params=FAMILIES)
+# Blocks of 4 go through SDPA, blocks of 16 through the kernel.
+@pytest.fixture(params=[(name, block) for name in FAMILIES for block in (4, 16)], ids=lambda param: f"{param[0]}-{param[1]}")
 def family(request: pytest.FixtureRequest, family_of: Any) -> Family:
-    made: Family = family_of(request.param)
+    made: Family = family_of(*request.param)
     return made
 
 
@@ -139,7 +143,8 @@ def test_kv_dropped_and_prefixes_found(family: Family) -> None:
     router.plan(3, 2, keep=NONE, add=[second, third])
     steps = of(router.run(), "step")
     cached = {row.row.request: row.cached_tokens for s in steps for row in s.rows if row.HasField("cached_tokens")}
-    assert cached[3] == 36 and cached[4] >= 36
+    found = 39 // family.block * family.block
+    assert cached[3] == found and cached[4] >= found
     family.check(router, first, other, second, third)
 
 
@@ -147,8 +152,8 @@ def test_logits_up_to_rounding_and_the_same_in_company_as_alone(family: Family) 
     """Rows prefilled in random chunks, all rows in one pass, and each alone in passes of its own."""
     rng = random.Random(0)
     prompts = [prompt(request, length) for request, length in enumerate([37, 2, 24, 11])]
-    together = Prefill(family.runner(), prompts)
-    alone = [Prefill(family.runner(), [ids]) for ids in prompts]
+    together = Prefill(family, prompts)
+    alone = [Prefill(family, [ids]) for ids in prompts]
     with torch.inference_mode():
         expected = [family.plain(torch.tensor([ids])).logits[0] for ids in prompts]
     scale = max(logits.abs().max() for logits in expected)
@@ -191,10 +196,10 @@ def test_logits_of_a_rectangle_up_to_rounding(family: Family) -> None:
 
 
 class Prefill:
-    def __init__(self, runner: Any, prompts: list[list[int]]) -> None:
-        self.runner, self.prompts = runner, prompts
+    def __init__(self, family: Family, prompts: list[list[int]]) -> None:
+        self.runner, self.prompts = family.runner(), prompts
         self.done = [0] * len(prompts)
-        each = BLOCKS // len(prompts)
+        each = TOKENS // family.block // len(prompts)
         self.blocks = [list(range(i * each, (i + 1) * each))[::-1] for i in range(len(prompts))]
 
     @torch.inference_mode()
@@ -202,7 +207,7 @@ class Prefill:
         """That many further tokens of these rows in one pass; the logits of the last token of each."""
         rows = list(sizes)
         spans = [attention.Span(self.blocks[i], self.done[i], sizes[i]) for i in rows]
-        here = attention.Pass(spans, BLOCK, self.runner.pools, self.runner.device)
+        here = self.runner.lay(spans)
         ids = [id_ for at in here.order for id_ in self.prompts[rows[at]][spans[at].start :][: spans[at].size]]
         logits = self.runner._logits(torch.tensor(ids), here, range(len(rows)))
         for i in rows:
@@ -221,9 +226,17 @@ def test_a_family_is_built_from_its_folder(family: Family) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("padded", [False, True])
 def test_on_cuda(family: Family, padded: bool) -> None:
-    runner = model_.ModelRunner(model_.load(family.folder, "cuda", "float32"), BLOCKS, BLOCK, padded)
+    blocks = TOKENS // family.block
+    runner = model_.ModelRunner(model_.load(family.folder, "cuda", "float32"), blocks, family.block, padded)
     router = Router(
-        runner, blocks=BLOCKS, vocab_size=VOCAB, max_context=256, eos_token_ids=[], chunk_tokens=5, padded=padded
+        runner,
+        blocks=blocks,
+        block_size=family.block,
+        vocab_size=VOCAB,
+        max_context=256,
+        eos_token_ids=[],
+        chunk_tokens=5,
+        padded=padded,
     )
     rows = [row(1, 13, 20), row(2, 1, 12), row(3, 30, 12)]
     router.plan(1, add=rows)
@@ -236,8 +249,10 @@ def test_bfloat16_runs(family_of: Any) -> None:
     for name in ("gemma2", "mixtral"):
         weights = model_.load(family_of(name).folder, "cpu", "bfloat16")
         for padded in (False, True):
-            runner = model_.ModelRunner(weights, BLOCKS, BLOCK, padded)
-            router = Router(runner, vocab_size=VOCAB, max_context=256, eos_token_ids=[], padded=padded)
+            runner = model_.ModelRunner(weights, 16, 16, padded)
+            router = Router(
+                runner, blocks=16, block_size=16, vocab_size=VOCAB, max_context=256, eos_token_ids=[], padded=padded
+            )
             router.plan(1, add=[row(1, 13, 5), row(2, 30, 5)])
             router.run()
             assert [len(output) for output in router.outputs.values()] == [5, 5]

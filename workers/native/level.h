@@ -1,0 +1,390 @@
+/* One level of attention.c, for one type of KV; included once for each.
+ *
+ * TARGET   the instructions its functions may use
+ * LANES    floats in a vector
+ * COLUMNS  vectors beside one another in registers, ROWS of them below one another
+ * HALVES   numbers in four bytes that are multiplied one behind the other: 2 where a pair of bfloat16 is widened
+ * DOTS     a pair of bfloat16 is multiplied by one instruction
+ * IN       names a function of this level
+ */
+
+#define INNER ALWAYS TARGET
+#define UNROLL _Pragma("GCC unroll 8")
+#define PER_TILE (TILE / LANES) /* vectors that 16 scores take */
+
+#if defined(DOTS) || HALVES == 2
+#define PAIRED 1
+#else
+#define PAIRED 0
+#endif
+/* What a column is multiplied by. */
+#ifdef DOTS
+typedef uint32_t IN(Weight);
+#else
+typedef float IN(Weight);
+#endif
+
+typedef float IN(Floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t IN(Ints) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define Weight IN(Weight)
+#define Floats IN(Floats)
+#define Ints IN(Ints)
+
+/* ---------------------------------------------------------------- products: rows of weights times columns of KV */
+
+/* Half `half` of every lane as floats. */
+INNER Floats IN(load)(const char *at, int half) {
+#if HALVES == 2
+    const Ints both = *(const Ints *)at;
+    return half ? (Floats)(both & (int32_t)0xffff0000) : (Floats)(both << 16);
+#else
+    (void)half;
+    return *(const Floats *)at;
+#endif
+}
+
+INNER Floats IN(madd)(Floats sum, Weight weight, Floats column) {
+#ifdef DOTS
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, (__m512bh)_mm512_set1_epi32((int)weight));
+#else
+    return sum + column * weight;
+#endif
+}
+
+/* Scores of `rows` rows with `columns` vectors of 16-token tiles. `q` is packed [units, HALVES, ROWS]. */
+INNER void IN(some_scores)(
+    int rows, int columns, const Weight *q, int units, const char *const *at, const char *const *ahead, float *scores) {
+    Floats sums[ROWS][COLUMNS];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < columns; j++) sums[r][j] = (Floats){0};
+    for (int unit = 0; unit < units; unit++) {
+        UNROLL for (int half = 0; half < HALVES; half++) {
+            Floats column[COLUMNS];
+            UNROLL for (int j = 0; j < columns; j++) column[j] = IN(load)(at[j] + (size_t)unit * TILE * 4, half);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const Weight weight = q[(unit * HALVES + half) * ROWS + r];
+                UNROLL for (int j = 0; j < columns; j++) sums[r][j] = IN(madd)(sums[r][j], weight, column[j]);
+            }
+        }
+    }
+    (void)ahead;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < columns; j++) *(Floats *)(scores + r * CHUNK + j * LANES) = sums[r][j];
+}
+
+/* Of `tiles` tiles. */
+INNER void IN(row_scores)(int rows, const Weight *q, int units, char *const *keys, int tiles, float *scores) {
+    const int vectors = tiles * PER_TILE;
+    int done = 0;
+    const char *at[COLUMNS];
+#define TAKE(n)                                                                                    \
+    UNROLL for (int j = 0; j < n; j++) {                                                           \
+        const int vector = done + j;                                                               \
+        at[j] = keys[vector / PER_TILE] + (size_t)(vector % PER_TILE) * LANES * 4;                 \
+    }                                                                                              \
+    IN(some_scores)(rows, n, q, units, at, at, scores + done * LANES);                             \
+    done += n;
+    while (vectors - done >= COLUMNS) { TAKE(COLUMNS) }
+#if COLUMNS > 2
+    if (vectors - done >= 2) { TAKE(2) }
+#endif
+    if (vectors - done >= 1) { TAKE(1) }
+#undef TAKE
+}
+
+/* `columns` vectors of the weighted values of `tiles` tiles. */
+INNER void IN(some_sums)(
+    int rows, int columns, const Weight *weights, char *const *values, int tiles, size_t offset, int width, float *acc) {
+    enum { UNITS = TILE >> PAIRED };
+    Floats sums[ROWS][COLUMNS];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < columns; j++) sums[r][j] = (Floats){0};
+    for (int tile = 0; tile < tiles; tile++) {
+        const char *at = values[tile] + offset;
+        for (int unit = 0; unit < UNITS; unit++, at += (size_t)width * 4) {
+            UNROLL for (int half = 0; half < HALVES; half++) {
+                Floats column[COLUMNS];
+                UNROLL for (int j = 0; j < columns; j++) column[j] = IN(load)(at + j * LANES * 4, half);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const Weight weight = weights[r * CHUNK + (tile * UNITS + unit) * HALVES + half];
+                    UNROLL for (int j = 0; j < columns; j++) sums[r][j] = IN(madd)(sums[r][j], weight, column[j]);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < columns; j++) *(Floats *)(acc + (size_t)r * width + j * LANES) = sums[r][j];
+}
+
+INNER void IN(row_sums)(int rows, const Weight *weights, char *const *values, int tiles, int width, float *acc) {
+    int done = 0;
+#define TAKE(n)                                                                                                   \
+    IN(some_sums)(rows, n, weights, values, tiles, (size_t)done * LANES * 4, width, acc + done * LANES);         \
+    done += n;
+    const int vectors = width / LANES;
+    while (vectors - done >= COLUMNS) { TAKE(COLUMNS) }
+#if COLUMNS > 2
+    if (vectors - done >= 2) { TAKE(2) }
+#endif
+    if (vectors - done >= 1) { TAKE(1) }
+#undef TAKE
+}
+
+#define EACH(call)                                                                                 \
+    switch (rows) {                                                                                \
+    case 1: call(1); break;                                                                        \
+    case 2: call(2); break;                                                                        \
+    case 3: call(3); break;                                                                        \
+    case 4: call(4); break;                                                                        \
+    case 5: call(5); break;                                                                        \
+    default: call(6); break;                                                                       \
+    }
+
+static TARGET void IN(scores)(int rows, const Weight *q, int units, char *const *keys, int tiles, float *scores) {
+#define CALL(n) IN(row_scores)(n, q, units, keys, tiles, scores)
+    EACH(CALL)
+#undef CALL
+}
+
+static TARGET void IN(sums)(int rows, const Weight *weights, char *const *values, int tiles, int width, float *acc) {
+#define CALL(n) IN(row_sums)(n, weights, values, tiles, width, acc)
+    EACH(CALL)
+#undef CALL
+}
+
+/* ---------------------------------------------------------------- exponentials */
+
+INNER Floats IN(select)(Ints where, Floats yes, Floats no) {
+    return (Floats)(((Ints)yes & where) | ((Ints)no & ~where));
+}
+
+INNER Floats IN(larger)(Floats a, Floats b) { return IN(select)(a > b, a, b); }
+
+/* 2^x, to an ulp or two; 0 below the normal numbers, NaN of NaN. Not for x > 127. */
+INNER Floats IN(exp2)(Floats x) {
+    const Floats magic = (Floats){0} + 12582912.0f; /* 1.5 * 2^23: its sum with x has x rounded in the low bits */
+    const Floats rounded = x + magic;
+    const Floats part = x - (rounded - magic); /* within a half */
+    Floats y = part * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    y = y * part + 9.618437357674640e-3f;
+    y = y * part + 5.550332471162809e-2f;
+    y = y * part + 2.402264791363012e-1f;
+    y = y * part + 6.931472028550421e-1f;
+    y = y * part + 1.0f;
+    y *= (Floats)(((Ints)rounded << 23) + 0x3f800000);
+    return IN(select)(x < -126.0f, (Floats){0}, y);
+}
+
+/* Near zero a polynomial, since 1 - 2 / (e^2x + 1) would lose its digits. */
+INNER Floats IN(tanh)(Floats x) {
+    const Floats square = x * x;
+    Floats near = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    near = near * square - 5.37397155531e-2f;
+    near = near * square + 1.33314422036e-1f;
+    near = near * square - 3.33332819422e-1f;
+    near = near * square * x + x;
+    Floats x2 = x * 2.8853900817779268f; /* 2 log2(e): beyond 40 it is 1 */
+    x2 = IN(select)(x2 > 40.0f, (Floats){0} + 40.0f, x2);
+    const Floats far = 1.0f - 2.0f / (IN(exp2)(x2) + 1.0f);
+    return IN(select)((x < 0.625f) & (x > -0.625f), near, far);
+}
+
+INNER float IN(largest)(Floats v) {
+    float best = v[0];
+    UNROLL for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+INNER float IN(total)(Floats v) {
+    /* Halves onto one another: the same order at every level. */
+    float lanes[LANES];
+    *(Floats *)lanes = v;
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    return lanes[0];
+}
+
+/* A row's scores of positions [base, base + 16 tiles), of which it sees [low, high), become its weights in the same place, pairs of
+ * bfloat16 in the first half of it. */
+static TARGET void IN(weigh)(
+    const struct Call *c, float *scores, int32_t tiles, int32_t base, int32_t low, int32_t high, float *top, float *sum) {
+    const float log2e = 1.4426950408889634f;
+    const int32_t vectors = tiles * PER_TILE;
+    Ints count;
+    UNROLL for (int i = 0; i < LANES; i++) count[i] = i;
+    const Floats none = (Floats){0} - INFINITY;
+    Floats best = none;
+    for (int32_t i = 0; i < vectors; i++) {
+        Floats *at = (Floats *)scores + i;
+        const int32_t first = base + i * LANES;
+        Floats x;
+        if (c->softcap == 0.0f) {
+            x = *at * (c->scaling * log2e);
+        } else {
+            x = IN(tanh)(*at * (c->scaling / c->softcap)) * (c->softcap * log2e);
+        }
+        if (first < low || first + LANES > high) {
+            const Ints position = count + first;
+            x = IN(select)((position >= low) & (position < high), x, none);
+        }
+        *at = x;
+        best = IN(larger)(x, best);
+    }
+    *top = IN(largest)(best);
+    const float subtracted = *top == -INFINITY ? 0.0f : *top;
+    Floats all = {0};
+    for (int32_t i = 0; i < vectors; i++) {
+        const Floats y = IN(exp2)(((Floats *)scores)[i] - subtracted);
+        all += y;
+#ifdef DOTS
+        _mm256_storeu_si256((__m256i *)scores + i, (__m256i)_mm512_cvtneps_pbh((__m512)y));
+#else
+        ((Floats *)scores)[i] = y;
+#endif
+    }
+    *sum = IN(total)(all);
+}
+
+/* ---------------------------------------------------------------- a task */
+
+static TARGET void IN(pack)(const struct Call *c, const struct Task *task, const struct Span *s, int32_t row, int32_t rows, Weight *q) {
+    const int32_t g = group(c), each = element(c);
+    for (int32_t r = 0; r < rows; r++) {
+        const int32_t token = s->first + task->first + (row + r) / g, head = task->head * g + (row + r) % g;
+        const char *from = c->q + (token * c->q_token + head * c->q_head) * each;
+        for (int32_t i = 0; i < c->width >> (PAIRED && HALVES == 1); i++) {
+#if HALVES == 2
+            uint16_t bits;
+            memcpy(&bits, from + 2 * i, 2);
+            const uint32_t wide = (uint32_t)bits << 16;
+            memcpy(q + i * ROWS + r, &wide, 4);
+#else
+            memcpy(q + i * ROWS + r, from + 4 * i, 4);
+#endif
+        }
+    }
+}
+
+/* Puts a chunk's state onto what is before it. A row that saw nothing of it stays as it is. */
+static TARGET void IN(merge)(struct State to, struct State of, int32_t rows, int32_t width) {
+    for (int32_t r = 0; r < rows; r++) {
+        const float top = to.most[r] > of.most[r] ? to.most[r] : of.most[r];
+        if (of.most[r] == -INFINITY && of.sum[r] == 0.0f) continue;
+        const Floats powers = IN(exp2)((Floats){to.most[r] - top, of.most[r] - top});
+        const float old = powers[0], new = powers[1];
+        to.most[r] = top;
+        to.sum[r] = to.sum[r] * old + of.sum[r] * new;
+        for (int32_t d = 0; d < width; d += LANES) {
+            Floats *at = (Floats *)(to.acc + (size_t)r * width + d);
+            *at = *at * old + *(Floats *)(of.acc + (size_t)r * width + d) * new;
+        }
+    }
+}
+
+static TARGET void IN(finish)(const struct Call *c, const struct Task *task, const struct Span *s, struct State state, int32_t rows) {
+    const int32_t g = group(c);
+    for (int32_t r = 0; r < rows; r++) {
+        const size_t token = s->first + task->first + r / g, head = task->head * g + r % g;
+        char *to = c->out + (token * c->heads + head) * c->width * element(c);
+        const float *from = state.acc + (size_t)r * c->width;
+        for (int32_t d = 0; d < c->width; d++) {
+            const float x = from[d] / state.sum[r];
+#if PAIRED
+            uint32_t bits;
+            memcpy(&bits, &x, 4);
+            /* To the nearest, to even between two; a NaN stays one. */
+            bits = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+            const uint16_t half = (uint16_t)(bits >> 16);
+            memcpy(to + 2 * d, &half, 2);
+#else
+            memcpy(to + 4 * d, &x, 4);
+#endif
+        }
+    }
+}
+
+static TARGET void IN(attend)(const struct Call *c, const struct Task *task, struct Split *split, char *room) {
+    const struct Span *s = c->spans + task->span;
+    const int32_t *table = c->tables + s->table;
+    const int32_t g = group(c), rows = (task->last - task->first) * g, width = c->width;
+    const int32_t blocks = parts(rows, ROWS), block_rows = parts(rows, blocks);
+    const int32_t units = width >> PAIRED;
+    const size_t packed = line(4 * (size_t)width * ROWS);
+    /* Positions that any of the rows sees. */
+    const int32_t low = c->window ? most(0, s->start + task->first + 1 - c->window) : 0;
+    const int32_t high = s->start + task->last;
+
+    char *queries = room;
+    struct State so_far = state_in(room += packed * blocks, rows);
+    struct State of_chunk = state_in(room += state_bytes(rows, width), rows);
+    float *scores = (float *)(room += state_bytes(rows, width));
+    char *tail = room + line(4 * CHUNK * ROWS);
+
+    for (int32_t b = 0; b < blocks; b++) {
+        const int32_t row = b * block_rows;
+        IN(pack)(c, task, s, row, least(block_rows, rows - row), (Weight *)(queries + packed * b));
+    }
+    for (int32_t chunk = task->from; chunk < task->to; chunk++) {
+        const int32_t begin = most(chunk * CHUNK, low / TILE * TILE), end = least((chunk + 1) * CHUNK, high);
+        const int32_t tiles = parts(end - begin, TILE);
+        char *keys[CHUNK_TILES], *values[CHUNK_TILES];
+        for (int32_t t = 0; t < tiles; t++) {
+            const size_t at = tile_at(c, table, task->head, begin + t * TILE);
+            keys[t] = c->keys + at, values[t] = c->values + at;
+        }
+        const int32_t rest = (end - begin) % TILE;
+        if (rest) {
+            /* What is weighed by nought must be a number. */
+            memcpy(tail, values[tiles - 1], 4 * (size_t)width * (rest >> PAIRED));
+            memset(tail + 4 * (size_t)width * (rest >> PAIRED), 0, 4 * (size_t)width * ((TILE >> PAIRED) - (rest >> PAIRED)));
+            if (PAIRED && rest % 2) {
+                const uint32_t *from = (const uint32_t *)values[tiles - 1] + (size_t)width * (rest / 2);
+                uint32_t *to = (uint32_t *)tail + (size_t)width * (rest / 2);
+                for (int32_t d = 0; d < width; d++) to[d] = from[d] & 0xffff;
+            }
+            values[tiles - 1] = tail;
+        }
+        struct State state = of_chunk;
+        if (split) {
+            state = state_in(split->states + (chunk - split->from) * state_bytes(rows, width), rows);
+        } else if (chunk == task->from) {
+            state = so_far;
+        }
+        for (int32_t b = 0; b < blocks; b++) {
+            const int32_t row = b * block_rows, its = least(block_rows, rows - row);
+            /* Tiles that any row of the block sees. */
+            const int32_t first = s->start + task->first + row / g, last = s->start + task->first + (row + its - 1) / g;
+            const int32_t from = c->window ? most(0, (most(0, first + 1 - c->window) - begin) / TILE) : 0;
+            const int32_t to = least(tiles, parts(last + 1 - begin, TILE));
+            if (from >= to) {
+                for (int32_t r = row; r < row + its; r++) state.most[r] = -INFINITY, state.sum[r] = 0.0f;
+                memset(state.acc + (size_t)row * width, 0, 4 * (size_t)width * its);
+                continue;
+            }
+            IN(scores)(its, (const Weight *)(queries + packed * b), units, keys + from, to - from, scores);
+            for (int32_t r = 0; r < its; r++) {
+                const int32_t at = s->start + task->first + (row + r) / g;
+                const int32_t since = c->window ? most(0, at + 1 - c->window) : 0;
+                IN(weigh)(c, scores + r * CHUNK, to - from, begin + from * TILE, since, at + 1, state.most + row + r, state.sum + row + r);
+            }
+            IN(sums)(its, (const Weight *)scores, values + from, to - from, width, state.acc + (size_t)row * width);
+        }
+        if (!split && chunk > task->from) IN(merge)(so_far, of_chunk, rows, width);
+    }
+    if (split) {
+        if (atomic_fetch_sub(&split->left, 1) > 1) return;
+        so_far = state_in(split->states, rows);
+        for (int32_t chunk = split->from + 1; chunk < split->to; chunk++)
+            IN(merge)(so_far, state_in(split->states + (chunk - split->from) * state_bytes(rows, width), rows), rows, width);
+    }
+    IN(finish)(c, task, s, so_far, rows);
+}
+
+#undef INNER
+#undef UNROLL
+#undef PER_TILE
+#undef PAIRED
+#undef Weight
+#undef Floats
+#undef Ints
+#undef EACH
+#undef HALVES
+#undef IN
