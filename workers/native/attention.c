@@ -21,49 +21,18 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "attention.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#define EXPORT __attribute__((visibility("default")))
-#define ALWAYS static inline __attribute__((always_inline))
 
 enum { TILE = 16 };            /* tokens */
 enum { CHUNK = 256 };          /* positions whose scores are held at once; chunks begin at multiples of it */
 enum { ROWS = 6 };             /* most rows (a token's query head) in registers */
 enum { TILE_ROWS = 96 };       /* rows of a task, about: what is done with a chunk while it is in cache */
 enum { CHUNK_TILES = CHUNK / TILE };
-
-enum Level { PLAIN, AVX2, AVX512, AVX512_BF16, LEVELS };
-enum Dtype { FLOAT32, BFLOAT16 };
-
-struct Span {
-    int32_t start, size; /* positions */
-    int32_t first;       /* its first token among the packed ones */
-    int32_t table;       /* its first block among all tables */
-};
-
-/* The same in attention.py: pointers first, then 32 bits each. */
-struct Call {
-    char *keys, *values;             /* the layer's pools */
-    const char *q, *k, *v;           /* [T, heads, D] by strides, D dense */
-    char *out;                       /* [T, heads, D] dense */
-    int64_t q_token, q_head;         /* strides, elements */
-    int64_t k_token, k_head;
-    int64_t v_token, v_head;
-    const struct Span *spans;
-    const int32_t *tables;
-    char *room;                      /* scls_attention_room bytes, 64-byte aligned */
-    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel; null: one thread */
-    void (*barrier)(void);           /* GOMP_barrier */
-    int32_t count;                   /* of spans */
-    int32_t block_size, heads, kv_heads, width;
-    int32_t window;                  /* positions a token sees, its own among them; 0: all */
-    int32_t threads;
-    int32_t level, dtype;
-    float scaling;
-    float softcap;                   /* 0: none */
-};
 
 /* Rows of tokens [first, last) of a span and one KV head, over the chunks [from, to). */
 struct Task {

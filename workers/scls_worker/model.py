@@ -26,6 +26,7 @@ from .attention import Pass, Span, attend, new_runner, passes
 from .config import first_line, kv_shape, longest_context, read_config
 from .errors import StartupError
 from .folder import eos_token_ids
+from .forward import Forward, Unreadable
 from .info import digest, model_files, tokenizer_files, worker_info
 from .options import CONTEXTS_A_POOL, Served
 from .rectangle import Rectangle
@@ -45,13 +46,19 @@ AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
 # weights for every token that chose it.)
 EXPERTS = "grouped_mm"
 
+# How far logits of the C kernel may be from the family's own, over their standard deviation. A norm or a weight in the wrong
+# place is off by one; bfloat16 rounds after every operation there, and only where a product begins here.
+MOST_OFF = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+
 CPU_POOL_BYTES = 1 << 30
 # Of a GPU's free memory after load. The rest is for activations, logits and gathered KV.
 CUDA_POOL_SHARE = 0.6
 
 
 class ModelRunner:
-    def __init__(self, model: Any, blocks: int, block_size: int, padded: bool = False) -> None:
+    def __init__(
+        self, model: Any, blocks: int, block_size: int, padded: bool = False, eager: bool = False, max_context: int = 0
+    ) -> None:
         self.model = model
         self.block_size, self.padded = block_size, padded
         self.device = model.device
@@ -70,12 +77,34 @@ class ModelRunner:
         if refused is None:
             self.native = native.Native(self.pools, block_size)
         log.info("attention: %s", self.native.name if self.native else f"sdpa ({refused})")
+        self.forward: Forward | None = None
+        if self.native and not eager:
+            self.forward = self._read_forward(max_context or longest_context(config, None))
+
+    @torch.inference_mode()
+    def _read_forward(self, max_context: int) -> Forward | None:
+        """The whole pass as one call, if it computes what the family's own code does; else None."""
+        assert self.native
+        try:
+            forward = Forward(self.model, self.native, max_context)
+            off = forward.disagreement(self._logits)
+            if not off < MOST_OFF[self.model.dtype]:
+                raise Unreadable(f"its logits are off by {off:.2g} of their spread")
+        except Unreadable as reason:
+            log.info("forward: transformers (%s)", reason)
+            return None
+        log.info("forward: %s, off by %.1g of the logits' spread", self.native.name, off)
+        return forward
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         here, ids = self._lay(chunks)
         drawing = [i for i, at in enumerate(here.order) if chunks[at].draws]
-        logits = self._logits(torch.from_numpy(ids.astype(np.int64)).to(self.device), here, drawing)  # [N, V]
+        if self.forward:
+            assert isinstance(here, native.NativePass)
+            logits = self.forward(ids, here, here.ends[drawing])  # [N, V]
+        else:
+            logits = self._logits(torch.from_numpy(ids.astype(np.int64)).to(self.device), here, drawing)
         if not drawing:
             return []
         rows = [chunks[here.order[i]].row for i in drawing]
@@ -154,9 +183,12 @@ def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Ser
         engine=f"scls-worker {__version__} torch {torch.__version__} transformers {transformers.__version__}",
     )
     try:
-        runner = ModelRunner(model, blocks, options.block_size, padded=options.layout == "padded")
+        padded = options.layout == "padded"
+        runner = ModelRunner(model, blocks, options.block_size, padded, options.eager, max_context)
     except (RuntimeError, MemoryError) as error:
         raise StartupError(f"no memory for {blocks} KV blocks: {first_line(error)}") from None
+    if runner.forward:
+        runner.forward.take_over()
     try_out(runner)
     return Served(runner, info, tokenizer)
 

@@ -44,6 +44,7 @@ class Kernel:
         library = ctypes.CDLL(str(path))
         library.scls_attention_level.restype = c_int32
         self.level: int = library.scls_attention_level()
+        self.library = library
         self.attend, self.room = library.scls_attend, library.scls_attention_room
         self.attend.argtypes, self.attend.restype = (POINTER(Call),), None
         self.room.argtypes, self.room.restype = (POINTER(Call),), c_int64

@@ -93,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="measure what iterations cost here, write it and exit"
     )
+    parser.add_argument(
+        "--eager", action="store_true", help="transformers' own code for every pass; default: compiled where it can be"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="compute threads; default: torch's choice")
     parser.add_argument(
         "--ring",
