@@ -102,7 +102,9 @@ def prefill(tokens: int, before: int, dtype: torch.dtype, turns: int) -> dict[st
         {
             "native": lambda: one.attend(0, q, k, v, SCALING, None, None),
             # Keys and values at hand and repeated for every head, which a layer would have to do first.
-            "flash": lambda: scaled_dot_product_attention(q, *wide, attn_mask=mask, is_causal=not before, scale=SCALING),
+            "flash": lambda: scaled_dot_product_attention(
+                q, *wide, attn_mask=mask, is_causal=not before, scale=SCALING
+            ),
             "sdpa": lambda: other.attend(0, q, k, v, SCALING, None, None),
         },
         turns,

@@ -7,6 +7,7 @@ believed but tried: `agrees` holds it against the family's own forward before an
 """
 
 import ctypes
+from array import array
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any, NamedTuple
@@ -35,9 +36,7 @@ class Norms(NamedTuple):
 
 BEFORE = Norms("input_layernorm", None, "post_attention_layernorm", None)
 AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-AROUND = Norms(
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-)
+AROUND = Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 NORMS = {
     "llama": BEFORE,
     "mistral": BEFORE,
@@ -62,10 +61,7 @@ class _Norm(Structure):
 
 class _Layer(Structure):
     _fields_ = (
-        *(
-            (name, _Norm)
-            for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")
-        ),
+        *((name, _Norm) for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")),
         *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
         ("keys", c_void_p),
         ("values", c_void_p),
@@ -121,15 +117,16 @@ class Forward:
         self.dtype = model.dtype
         body = model.model
         first = body.layers[0].self_attn
-        kinds = [getattr(layer.self_attn, "layer_type", None) for layer in body.layers]
-        self.kinds = sorted({kind for kind in kinds if kind}) if isinstance(config.rope_parameters, dict) and any(
-            isinstance(value, dict) for value in config.rope_parameters.values()
-        ) else [None]
-        if len(self.kinds) > 2:
+        # Rotary embeddings: one for all layers, or one a kind of layer.
+        kinds = [
+            layer.self_attn.layer_type if hasattr(body.rotary_emb, "layer_types") else None for layer in body.layers
+        ]
+        tables = sorted(set(kinds), key=str)
+        if len(tables) > 2:
             raise Unreadable("more than two rotary embeddings")
         self.layers = (_Layer * len(body.layers))()
         for at, layer in enumerate(body.layers):
-            self._read(self.layers[at], layer, at, self.kinds.index(kinds[at]) if len(self.kinds) > 1 else 0)
+            self._read(self.layers[at], layer, at, tables.index(kinds[at]))
         self.heads, self.width = config.num_attention_heads, native.width
         self.inner = int(config.intermediate_size)
         act = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -138,8 +135,7 @@ class Forward:
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         # Of Gemma's; others' is one.
         scale = config.hidden_size**0.5 if config.model_type in ONE_MORE else 1.0
-        angles = [self._angles(body.rotary_emb, max_context, kind) for kind in self.kinds]
-        turned = int(angles[0][0].shape[-1])
+        angles = [self._angles(body.rotary_emb, max_context, kind) for kind in tables]
         self.decoder = _Decoder(
             layers=self.layers,
             last=self._norm(body.norm),
@@ -150,7 +146,7 @@ class Forward:
             heads=self.heads,
             kv_heads=native.kv_heads,
             width=self.width,
-            turned=turned,
+            turned=angles[0][0].shape[-1],
             act=ACTS[act],
             dtype=DTYPES[self.dtype],
             level=native.level,
@@ -169,7 +165,7 @@ class Forward:
         self.run, self.need = kernel.library.scls_forward, kernel.library.scls_forward_room
         self.run.argtypes, self.run.restype = (POINTER(_Decoder), POINTER(_Forward)), None
         self.need.argtypes, self.need.restype = (POINTER(_Decoder), POINTER(_Forward)), c_int64
-        self._buffers(64)
+        self._make_room(64)
 
     # ---------------------------------------------------------------- reading
 
@@ -179,7 +175,10 @@ class Forward:
             attribute = getattr(names, name)
             setattr(into, name, self._norm(getattr(layer, attribute)) if attribute else _Norm())
         attention, mlp = layer.self_attn, layer.mlp
-        into.query, into.key = self._norm(getattr(attention, "q_norm", None)), self._norm(getattr(attention, "k_norm", None))
+        into.query, into.key = (
+            self._norm(getattr(attention, "q_norm", None)),
+            self._norm(getattr(attention, "k_norm", None)),
+        )
         if hasattr(attention, "qkv_proj"):
             into.qkv = self._linear([attention.qkv_proj])
         else:
@@ -230,7 +229,7 @@ class Forward:
 
     # ---------------------------------------------------------------- is it right?
 
-    def disagreement(self, logits_of: Callable[[Tensor, NativePass, Sequence[int]], Tensor]) -> float:
+    def disagreement(self, logits_of: Callable[[NDArray[np.uint32], NativePass, Sequence[int]], Tensor]) -> float:
         """The largest difference of a logit from those of transformers' code, over their standard deviation: of two prompts
         in one pass, long enough for a window to close where there is one, and of a token after each.
         """
@@ -242,9 +241,9 @@ class Forward:
         worst = 0.0
         for tried in (spans, [Span(span.blocks, span.size, 1) for span in spans]):
             here = self.native.lay(tried)
-            ids = draw.integers(0, self.decoder.head.n, len(here.positions)).astype(np.uint32)
-            theirs = logits_of(torch.from_numpy(ids.astype(np.int64)), here, range(2)).float()
-            ours = self(ids, here, here.ends)
+            ids = draw.integers(0, self.decoder.head.n, here.tokens).astype(np.uint32)
+            theirs = logits_of(ids, here, range(2)).float()
+            ours = self(ids, here, range(2))
             worst = max(worst, float((ours - theirs).abs().max() / theirs.std()))
         return worst
 
@@ -256,42 +255,33 @@ class Forward:
 
     # ---------------------------------------------------------------- a pass
 
-    def _buffers(self, tokens: int) -> None:
-        """Of a pass of up to so many tokens."""
-        self.tokens = tokens
-        all_heads = (self.heads + 2 * self.native.kv_heads) * self.width
+    def _make_room(self, tokens: int) -> None:
+        """For a pass of up to so many tokens."""
         hidden, attended = self.config.hidden_size, self.heads * self.width
-        self.positions = torch.empty(tokens, dtype=torch.int32)
-        self.x = torch.empty(tokens, hidden)
-        self.branch = torch.empty(tokens, hidden)
-        self.wide = torch.empty(tokens, all_heads)
-        self.h = torch.empty(tokens, max(hidden, attended), dtype=self.dtype)
-        self.qkv = torch.empty(tokens, all_heads, dtype=self.dtype)
-        self.gated = torch.empty(tokens, self.inner, dtype=self.dtype)
+        wide = attended + 2 * self.native.kv_heads * self.width
+        memory = {
+            "positions": torch.empty(tokens, dtype=torch.int32),
+            "x": torch.empty(tokens, hidden),
+            "branch": torch.empty(tokens, hidden),
+            "wide": torch.empty(tokens, wide),
+            "h": torch.empty(tokens, max(hidden, attended), dtype=self.dtype),
+            "qkv": torch.empty(tokens, wide, dtype=self.dtype),
+            "gated": torch.empty(tokens, self.inner, dtype=self.dtype),
+        }
+        self.room, self.memory = tokens, memory
+        self.call = _Forward(**{name: tensor.data_ptr() for name, tensor in memory.items()})
 
-    def __call__(self, ids: NDArray[np.uint32], here: NativePass, ends: Tensor) -> Tensor:  # [T], [N] -> [N, V]
-        tokens = len(ids)
-        if tokens > self.tokens:
-            self._buffers(max(tokens, 2 * self.tokens))
-        ends = ends.contiguous()
+    def __call__(self, ids: NDArray[np.uint32], here: NativePass, drawing: Sequence[int]) -> Tensor:  # [T], N -> [N, V]
+        """Logits of the last tokens of the spans `drawing`; `ids` lie as in `here`."""
+        if here.tokens > self.room:
+            self._make_room(max(here.tokens, 2 * self.room))
+        ends = array("q", [here.lasts[at] for at in drawing])
         logits = torch.empty(len(ends), self.decoder.head.n)
-        call = _Forward(
-            ids=ids.ctypes.data,
-            positions=self.positions.data_ptr(),
-            x=self.x.data_ptr(),
-            branch=self.branch.data_ptr(),
-            wide=self.wide.data_ptr(),
-            h=self.h.data_ptr(),
-            qkv=self.qkv.data_ptr(),
-            gated=self.gated.data_ptr(),
-            spans=here.spans.ctypes.data,
-            tables=here.tables.ctypes.data,
-            ends=ends.data_ptr(),
-            logits=logits.data_ptr(),
-            tokens=tokens,
-            count=len(here.spans),
-            n=len(ends),
-        )
+        call = self.call
+        call.ids, call.tokens = ids.ctypes.data, here.tokens
+        call.spans, call.count = here.spans.buffer_info()[0], len(here.order)
+        call.tables = here.tables.buffer_info()[0]
+        call.ends, call.n, call.logits = ends.buffer_info()[0], len(ends), logits.data_ptr()
         call.room = self.native.room(self.need(byref(self.decoder), byref(call)))
         self.run(byref(self.decoder), byref(call))
         if self.cap:
@@ -304,5 +294,5 @@ def braid(both: Tensor) -> Tensor:  # [2 I, ..] -> [2 I, ..]
     inner = len(both) // 2
     if inner % 16:
         raise Unreadable(f"an inner width of {inner}")
-    gates, ups = (part.reshape(inner // 16, 16, *both.shape[1:]) for part in both.split(inner))
+    gates, ups = (part.reshape(inner // 16, 16, *both.shape[1:]) for part in (both[:inner], both[inner:]))
     return torch.stack([gates, ups], 1).reshape(both.shape)

@@ -87,10 +87,10 @@ class ModelRunner:
         assert self.native
         try:
             forward = Forward(self.model, self.native, max_context)
-            off = forward.disagreement(self._logits)
+            off = forward.disagreement(self._family_logits)
             if not off < MOST_OFF[self.model.dtype]:
                 raise Unreadable(f"its logits are off by {off:.2g} of their spread")
-        except Unreadable as reason:
+        except (Unreadable, AttributeError) as reason:
             log.info("forward: transformers (%s)", reason)
             return None
         log.info("forward: %s, off by %.1g of the logits' spread", self.native.name, off)
@@ -100,11 +100,7 @@ class ModelRunner:
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
         here, ids = self._lay(chunks)
         drawing = [i for i, at in enumerate(here.order) if chunks[at].draws]
-        if self.forward:
-            assert isinstance(here, native.NativePass)
-            logits = self.forward(ids, here, here.ends[drawing])  # [N, V]
-        else:
-            logits = self._logits(torch.from_numpy(ids.astype(np.int64)).to(self.device), here, drawing)
+        logits = self._logits(ids, here, drawing)  # [N, V]
         if not drawing:
             return []
         rows = [chunks[here.order[i]].row for i in drawing]
@@ -134,14 +130,21 @@ class ModelRunner:
             return self.native.lay(spans)
         return Pass(spans, self.block_size, self.pools, self.device)
 
-    def _logits(self, ids: Tensor, here: Here, drawing: Sequence[int]) -> Tensor:
-        """Of the last tokens of the spans `drawing`. The family's own forward makes them: what it does behind the
-        output layer (Gemma 2 caps logits softly) is no business of ours.
+    def _logits(self, ids: NDArray[np.uint32], here: Here, drawing: Sequence[int]) -> Tensor:
+        """Of the last tokens of the spans `drawing`."""
+        if self.forward is None:
+            return self._family_logits(ids, here, drawing)
+        assert isinstance(here, native.NativePass)
+        return self.forward(ids, here, drawing)
+
+    def _family_logits(self, ids: NDArray[np.uint32], here: Here, drawing: Sequence[int]) -> Tensor:
+        """By the family's own forward: what it does behind the output layer (Gemma 2 caps logits softly) is no business of
+        ours.
         """
         passes[self.number] = here
         try:
             out = self.model(
-                input_ids=ids[None],
+                input_ids=torch.from_numpy(ids.astype(np.int64)).to(self.device)[None],
                 position_ids=here.positions[None],
                 use_cache=False,
                 logits_to_keep=here.ends[list(drawing)],

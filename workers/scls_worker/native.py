@@ -9,7 +9,7 @@ import importlib.util
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import Span, to
+from .attention import Span
 
 TILE = 16  # tokens; a block is a whole number of them, and a head of lanes
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
@@ -95,9 +95,7 @@ def refusal(device: torch.device, dtype: torch.dtype, block_size: int, width: in
 class Native:
     """The kernel over one model's pools."""
 
-    def __init__(
-        self, pools: Sequence[tuple[Tensor, Tensor]], block_size: int, level: int | None = None
-    ) -> None:
+    def __init__(self, pools: Sequence[tuple[Tensor, Tensor]], block_size: int, level: int | None = None) -> None:
         loaded = kernel()
         assert loaded is not None
         self.kernel, self.pools, self.block_size = loaded, pools, block_size
@@ -124,31 +122,38 @@ class NativePass:
     def __init__(self, native: Native, spans: Sequence[Span]) -> None:
         self.native = native
         self.order = range(len(spans))
-        starts = np.array([span.start for span in spans], dtype=np.int32)
-        sizes = np.array([span.size for span in spans], dtype=np.int32)
-        blocks = [span.blocks if isinstance(span.blocks, array) else array("i", span.blocks) for span in spans]
-        ends = np.cumsum(sizes)
-        firsts = ends - sizes
-        lengths = np.array([len(table) for table in blocks])
-        # As the kernel reads them.
-        self.spans = np.stack([starts, sizes, firsts, np.cumsum(lengths) - lengths], axis=1).astype(np.int32)  # [rows, 4]
-        self.tables = np.frombuffer(b"".join(blocks), dtype=np.int32)
-        cpu = torch.device("cpu")
-        self.positions = to(np.repeat(starts - firsts, sizes) + np.arange(ends[-1]), cpu)  # [T]
-        self.ends = to(ends - 1, cpu)  # [rows], the last token of each
+        # As the kernel reads them. Every iteration makes them anew: no numpy, whose calls cost more than these few numbers.
+        self.spans, self.tables = array("i"), array("i")  # [rows, 4], [blocks of all rows]
+        self.lasts = []  # the last token of each
+        first = 0
+        for blocks, start, size in spans:
+            self.spans.extend((start, size, first, len(self.tables)))
+            self.tables.extend(blocks)
+            first += size
+            self.lasts.append(first - 1)
+        self.tokens = first
         self.threads = torch.get_num_threads()
         self._calls: dict[int | None, Any] = {}
+
+    @cached_property
+    def positions(self) -> Tensor:  # [T]
+        starts, sizes, firsts, _ = np.array(self.spans).reshape(-1, 4).T
+        return torch.from_numpy(np.repeat(starts - firsts, sizes) + np.arange(self.tokens))
+
+    @cached_property
+    def ends(self) -> Tensor:  # [rows]
+        return torch.tensor(self.lasts)
 
     def _call(self, window: int | None, heads: int) -> Any:
         """What is the same for all layers of one window."""
         if window not in self._calls:
             native = self.native
             self._calls[window] = Call(
-                spans=self.spans.ctypes.data,
-                tables=self.tables.ctypes.data,
+                spans=self.spans.buffer_info()[0],
+                tables=self.tables.buffer_info()[0],
                 parallel=native.kernel.parallel,
                 barrier=native.kernel.barrier,
-                count=len(self.spans),
+                count=len(self.order),
                 block_size=native.block_size,
                 heads=heads,
                 kv_heads=native.kv_heads,

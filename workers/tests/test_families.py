@@ -8,11 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_families
 from scls_router.proto import worker_pb2 as pb
 from scls_worker.errors import StartupError
 from scls_worker.folder import FAMILIES, check_family
+from scls_worker.forward import NORMS
 from scls_worker.options import build, parser
 from tiny_families import VOCAB
 from worker_harness import Router, ids_of, of, row_id, start
@@ -36,8 +38,8 @@ def options(folder: Path, *more: str) -> argparse.Namespace:
 class Family:
     """One model twice: in our runner, and in transformers with its own attention and cache."""
 
-    def __init__(self, folder: Path, block: int = 4) -> None:
-        self.folder, self.block = folder, block
+    def __init__(self, folder: Path, block: int = 4, eager: bool = True) -> None:
+        self.folder, self.block, self.eager = folder, block, eager
         self.weights = model_.load(folder, "cpu", "float32")
         # Eager: SDPA knows no soft cap, and a reference should be simple.
         self.plain = transformers.AutoModelForCausalLM.from_pretrained(
@@ -57,8 +59,9 @@ class Family:
         )
 
     def runner(self, padded: bool = False) -> Any:
-        runner = model_.ModelRunner(self.weights, TOKENS // self.block, self.block, padded)
+        runner = model_.ModelRunner(self.weights, TOKENS // self.block, self.block, padded, self.eager)
         assert padded or (runner.native is not None) is (self.block == 16)
+        assert (runner.forward is not None) is (not padded and not self.eager)
         return runner
 
     def check(self, router: Router, *rows: pb.RowStart) -> None:
@@ -91,14 +94,17 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
 
     @lru_cache
-    def make(name: str, block: int = 4) -> Family:
-        return Family(tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=1), block)
+    def make(name: str, block: int = 4, eager: bool = True) -> Family:
+        return Family(tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=1), block, eager)
 
     return make
 
 
-# Blocks of 4 go through SDPA, blocks of 16 through the kernel.
-@pytest.fixture(params=[(name, block) for name in FAMILIES for block in (4, 16)], ids=lambda param: f"{param[0]}-{param[1]}")
+# Blocks of 4 go through SDPA, blocks of 16 through the kernel's attention, or its whole forward.
+PATHS = [(name, *how) for name in FAMILIES for how in ((4, True), (16, True), (16, False)) if how[1] or name in NORMS]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: f"{path[0]}-{path[1]}{'-eager' if path[2] else ''}")
 def family(request: pytest.FixtureRequest, family_of: Any) -> Family:
     made: Family = family_of(*request.param)
     return made
@@ -190,7 +196,7 @@ def test_logits_of_a_rectangle_up_to_rounding(family: Family) -> None:
             for ids, first, count in zip(prompts, starts, counts, strict=True)
         ]
         with torch.inference_mode():
-            logits = runner._logits(torch.tensor(cells).view(-1), here, range(4))
+            logits = runner._logits(np.array(cells, dtype=np.uint32).reshape(-1), here, range(4))
         for mine, theirs, first, count in zip(logits, expected, starts, counts, strict=True):
             torch.testing.assert_close(mine, theirs[first + count - 1], rtol=0, atol=float(2e-5 * scale))
 
@@ -209,7 +215,7 @@ class Prefill:
         spans = [attention.Span(self.blocks[i], self.done[i], sizes[i]) for i in rows]
         here = self.runner.lay(spans)
         ids = [id_ for at in here.order for id_ in self.prompts[rows[at]][spans[at].start :][: spans[at].size]]
-        logits = self.runner._logits(torch.tensor(ids), here, range(len(rows)))
+        logits = self.runner._logits(np.array(ids, dtype=np.uint32), here, range(len(rows)))
         for i in rows:
             self.done[i] += sizes[i]
         return {rows[at]: logits[place] for place, at in enumerate(here.order)}
