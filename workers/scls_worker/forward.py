@@ -6,7 +6,6 @@ believed but tried: `agrees` holds it against the family's own forward before an
 (experts, layers of another make) keeps to transformers' code, with the same attention.
 """
 
-import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .attention import Span
-from .native import DTYPES, LEVELS, Kernel, Native, NativePass
+from .native import DTYPES, LEVELS, Native, NativePass
 
 LONGEST_TRIED = 48  # tokens
 PANEL = 32  # outputs of a product whose weights lie together
