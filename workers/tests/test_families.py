@@ -98,7 +98,9 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # Blocks of 4 go through SDPA, blocks of 16 through the kernel.
-@pytest.fixture(params=[(name, block) for name in FAMILIES for block in (4, 16)], ids=lambda param: f"{param[0]}-{param[1]}")
+@pytest.fixture(
+    params=[(name, block) for name in FAMILIES for block in (4, 16)], ids=lambda param: f"{param[0]}-{param[1]}"
+)
 def family(request: pytest.FixtureRequest, family_of: Any) -> Family:
     made: Family = family_of(*request.param)
     return made
