@@ -131,7 +131,7 @@ def test_stream_is_generate_in_pieces(client: Any) -> None:
 
 def test_route_and_workers(client: Any, mock: Router) -> None:
     decision = client.route(np.arange(100, 200), model="tiny")
-    assert (decision.worker_id, decision.policy, decision.prompt_tokens) == ("w0", "product", 100)
+    assert (decision.worker_id, decision.policy, decision.prompt_tokens) == ("w0", "product_anticipating", 100)
     (candidate,) = decision.candidates
     assert candidate.worker_id == "w0" and candidate.score == candidate.new_tokens > 0
     (worker,) = client.workers()

@@ -112,7 +112,9 @@ def modes(report: dict) -> str:
 ROUTING = {
     "product_anticipating": "**`product_anticipating`**, guarded",
     "product": "`product`",
+    "smetric": "SMetric",
     "min_ttft": "least simulated TTFT (llm-d, Mooncake)",
+    "preble": "Preble E2",
     "linear@0.7": "0.7 x misses + 0.3 x load",
     "sglang": "SGLang, cache-aware",
     "llm_d": "llm-d, prefix 3 : queue 2",

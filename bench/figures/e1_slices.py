@@ -286,7 +286,7 @@ def main() -> None:
     if not args.smoke:
         parts = {"rows": table, "curves": curves, "drained": ends, "frontier": headline}
         rounded = {name: [round_of(run) for run in runs] for name, runs in parts.items()}
-        command = f"uv run bench/figures/e1_slices.py --part {args.part:g}"
+        command = f"bench/figures/e1_slices.py --part {args.part:g}"
         write(args.json, report("e1", command, time.monotonic() - began, **rounded, goals=goals))
 
 

@@ -58,7 +58,7 @@ def main() -> None:
         goals.append(goal(f"{work.name}: mean latency with KV dropped, worst S over best", value, ">=", 1.1))
     print_goals(goals)
     if not args.smoke:
-        command = f"uv run bench/figures/e6_slice_length.py --part {args.part:g}"
+        command = f"bench/figures/e6_slice_length.py --part {args.part:g}"
         write(args.json, report("e6", command, time.monotonic() - began, rows=rows, goals=goals))
 
 

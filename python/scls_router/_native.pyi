@@ -500,7 +500,7 @@ class Router:
         """A router without workers.
 
         Args:
-            policy: name or callable; ``product`` if None.
+            policy: name or callable; ``product_anticipating`` if None.
             block_size: tokens a KV block, as in the engines.
             hash_root: u64 at the start of every chain of block hashes.
             tokenizer: a ``tokenizer.json`` or the directory it is in, for prompts given as text.
@@ -688,7 +688,7 @@ class Scheduler:
 
     def __new__(
         cls,
-        policy: str = "product",
+        policy: str = "product_anticipating",
         scheduler: str = "slice",
         *,
         block_size: int = 16,

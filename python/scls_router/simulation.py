@@ -115,7 +115,7 @@ def simulate(
     workers: _Some[int] = 8,
     cost_model: _Some[_File] = "7b-h20",
     scheduler: _Some[str] = "continuous",
-    policy: _Some[str] = "product",
+    policy: _Some[str] = "product_anticipating",
     commit: _Some[Literal["prefixes", "load", "none"]] = "prefixes",
     guard: _Some[bool] = False,
     rate_scale: _Some[float] = 1.0,

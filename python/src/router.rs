@@ -68,7 +68,7 @@ enum Policy {
 /// All methods may be called from any thread; the heavy part runs with the interpreter released.
 ///
 /// Args:
-///     policy: name or callable; ``product`` if None.
+///     policy: name or callable; ``product_anticipating`` if None.
 ///     block_size: tokens a KV block, as in the engines.
 ///     hash_root: u64 at the start of every chain of block hashes.
 ///     tokenizer: a ``tokenizer.json`` or the directory it is in, for prompts given as text.
@@ -107,7 +107,7 @@ impl Router {
         seed: u64,
     ) -> PyResult<Self> {
         let (policy, policy_name) = match policy {
-            None => (Policy::Named(PolicyName::Product), Arc::from(PolicyName::Product.as_str())),
+            None => (Policy::Named(PolicyName::default()), Arc::from(PolicyName::default().as_str())),
             Some(policy) => read_policy(&policy)?,
         };
         let size = crate::block_size(block_size)?;

@@ -113,7 +113,7 @@ type Named = (Action, Option<Arc<str>>, Vec<Option<Prompt>>);
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (policy = "product", scheduler = "slice", *, block_size = 16, hash_root = 0, vocab = 4_294_967_295,
+    #[pyo3(signature = (policy = "product_anticipating", scheduler = "slice", *, block_size = 16, hash_root = 0, vocab = 4_294_967_295,
         slice_len = None, seed = 0, max_rows = 4096))]
     #[allow(clippy::too_many_arguments)] // by name
     fn new(

@@ -210,7 +210,7 @@ pub struct ServeArgs {
     #[arg(long, help_heading = "Listeners", env = "SCLS_ROUTER_ADMIN_PORT", default_value_t = 29000)]
     pub admin_port: u16,
     /// How a worker is chosen.
-    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_POLICY", value_enum, default_value_t = Policy::Product)]
+    #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_POLICY", value_enum, default_value = PolicyName::default().as_str())]
     policy: Policy,
     /// How rows become batches.
     #[arg(long, help_heading = "Scheduling", env = "SCLS_ROUTER_SCHEDULER", value_enum, default_value_t = Scheduler::Slice)]

@@ -83,11 +83,15 @@ fn from_turn(view: View<'_>, turn: u64, at: usize) -> u64 {
 }
 
 /// The policies of the core by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+///
+/// The default is the best of those without knobs over all traces and loads of `bench/figures/e2_routing.py` (TTFT, TPOT and
+/// latency), and on slice workers as well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum PolicyName {
     /// `(Q + u) * (b + 1)`.
     Product,
     /// `(Q + u) * (b + 1) * (1 + lambda * c_p * u)`.
+    #[default]
     ProductAnticipating,
     /// The product in seconds.
     ProductTime,

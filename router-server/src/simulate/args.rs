@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Command, FromArgMatches};
+use router_core::PolicyName;
 
 /// Flags of `simulate`. Each list is a dimension of a grid: all combinations are run.
 #[derive(Clone, Debug, Args)]
@@ -105,7 +106,7 @@ pub struct Asked {
     )]
     pub scheduler: Vec<String>,
     /// How a worker is chosen: ours or a rival's name, its weight after @.
-    #[arg(long, help_heading = "Scheduling", value_name = "P[,..]", value_delimiter = ',', default_value = "product")]
+    #[arg(long, help_heading = "Scheduling", value_name = "P[,..]", value_delimiter = ',', default_value = PolicyName::default().as_str())]
     pub policy: Vec<String>,
     /// What a decision moves in the router: prefixes and load; load alone as in the paper's form; or none, to show what
     /// that is for.
