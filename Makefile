@@ -5,12 +5,13 @@ ROUTER := target/debug/scls-router
 MODEL ?= models/airline-tiny
 WORKERS ?= 2
 FIGURES ?= $(wildcard bench/figures/e*.py)
+VLLM ?= .venv-vllm
 # Tests and demo run on the CPU with a small model: more threads only wait for one another.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers proto clean soak record-runs figures figures-smoke ablation build readme-figures setup rust-test py-test
+.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers bench-engine bench-engine-vllm engine-smoke proto clean soak record-runs figures figures-smoke ablation build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -44,6 +45,7 @@ test: ## everything CI runs
 	@$(MAKE) --no-print-directory rust-test
 	@$(MAKE) --no-print-directory py-test
 	@$(MAKE) --no-print-directory figures-smoke
+	@$(MAKE) --no-print-directory engine-smoke
 
 lint: ## formats, lints, types, layering, generated stubs
 	@tools/setup.sh test
@@ -102,6 +104,21 @@ bench-peers: ## ours beside the peers, in an environment of its own (.venv-peers
 	@tools/setup.sh run
 	@bench/peers/dynamo_python/run.sh $(ARGS)
 
+bench-engine: ## our worker beside the engines that are installed, shares of the machine's limits, slices against iterations (40 minutes; one part: ARGS=rivals)
+	@tools/setup.sh test
+	@$(MAKE) --no-print-directory build
+	@echo "==> cargo build --release (some minutes the first time)"
+	@cargo build --quiet --release -p router-server
+	@SCLS_ROUTER_BIN=$(CURDIR)/target/release/scls-router $(PY) bench/engine/run.py --vllm $(VLLM)/bin/python --json bench/results/engine.json $(ARGS)
+
+bench-engine-vllm: ## vLLM for bench-engine, into VLLM (5 GB of disk)
+	@tools/setup.sh run
+	@bench/engine/peers/install_vllm.sh $(VLLM)
+
+engine-smoke: ## a short run of bench-engine on a tiny model, nothing written
+	@echo "==> engines, in short"
+	@$(PY) bench/engine/run.py --smoke >.engine.log 2>&1 || { cat .engine.log >&2; exit 1; }; rm -f .engine.log
+
 record-runs: ## real fleets on this machine, recorded for `simulate --validate` (6 minutes; leave the machine alone)
 	@tools/setup.sh test
 	@$(MAKE) --no-print-directory build
@@ -126,4 +143,4 @@ figures-smoke: ## a short run of each figure, nothing written
 
 clean: ## removes target/ and .venv
 	@cargo clean --quiet
-	@rm -rf .venv .venv-peers
+	@rm -rf .venv .venv-peers .venv-vllm

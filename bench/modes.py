@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from harness import MODEL, Router, Worker  # noqa: E402
+from machine import git_commit, machine  # noqa: E402
 from scls_router import Client  # noqa: E402
 
 LIMIT = 512
@@ -59,13 +58,6 @@ def burst(router: Router, prompts: list[list[int]]) -> tuple[float, list[list[in
 
 def worker(layout: str) -> Worker:
     return Worker("--model", str(MODEL), "--dtype", "float32", "--served-name", "tiny", "--layout", layout)
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def main() -> None:
@@ -128,11 +120,9 @@ def main() -> None:
     report = {
         "name": "modes",
         "command": "make bench-modes ARGS='--json FILE'",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": git_commit(),
         "when": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "gpu": None},
+        "machine": machine(),
         "seed": 0,
         "requests": args.requests,
         "output_tokens": {"mean": statistics.mean(outputs), "p50": outputs[len(outputs) // 2], "most": outputs[-1]},

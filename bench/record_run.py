@@ -19,7 +19,6 @@ import gzip
 import http.client
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "demo"), str(ROOT / "workers")]
 import grpc  # noqa: E402
 from google.protobuf.json_format import MessageToDict  # noqa: E402
 from harness import MODEL, ROUTER, Router, RustMock  # noqa: E402
+from machine import busy_share, git_commit, machine  # noqa: E402
 from run import MOST_ANSWER, dialogues  # noqa: E402
 from scls_router.proto import router_pb2, router_pb2_grpc  # noqa: E402
 from scls_worker.mock import next_token  # noqa: E402
@@ -405,22 +405,6 @@ def once(workload: Workload) -> dict[str, Any]:
         return {"load_before": load, "busy_before": busy, **run.record()}
 
 
-def busy_share(seconds: float = 1.0) -> float:
-    """What others take of this machine's cores now: the load average still has our last run in it."""
-
-    def times() -> tuple[int, int]:
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return 0, 1
-        parts = [int(part) for part in stat.read_text().split("\n", 1)[0].split()[1:]]
-        return sum(parts) - parts[3] - parts[4], sum(parts)
-
-    (busy, total) = times()
-    time.sleep(seconds)
-    (busy_then, total_then) = times()
-    return round((busy_then - busy) / max(1, total_then - total), 3)
-
-
 def patiently(workload: Workload) -> dict[str, Any]:
     """A run; once more if the fleet did not come up or an answer broke off."""
     try:
@@ -453,24 +437,12 @@ def record(name: str, runs: int) -> dict[str, Any]:
         "command": "make record-runs",
         "commit": git_commit(),
         "when": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "gpu": None},
+        "machine": machine(),
         "scheduler": workload.scheduler,
         "policy": "product",
         "calibration": None if workload.mocks else made[0],
         "runs": made[-runs:],
     }
-
-
-def git_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def main() -> None:

@@ -133,7 +133,7 @@ def test_route_and_workers(client: Any, mock: Router) -> None:
     decision = client.route(np.arange(100, 200), model="tiny")
     assert (decision.worker_id, decision.policy, decision.prompt_tokens) == ("w0", "product_anticipating", 100)
     (candidate,) = decision.candidates
-    assert candidate.worker_id == "w0" and candidate.score == candidate.new_tokens > 0
+    assert candidate.worker_id == "w0" and candidate.score == candidate.new_tokens << 32 > 0
     (worker,) = client.workers()
     assert (worker.worker_id, worker.state, worker.models) == ("w0", "ready", ("tiny",))
     assert worker.block_size == 16 and worker.url.startswith("grpc://")

@@ -46,6 +46,12 @@ def packed(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def filled(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As a runner's pools."""
+    keys, values = native.zeros(shape, dtype), native.zeros(shape, dtype)
+    return keys.normal_(), values.normal_()
+
+
 def memory() -> Callable[[], object]:
     many = torch.ones(AROUND // 4)
     return many.sum
@@ -56,7 +62,7 @@ def decode(rows: int, context: int, dtype: torch.dtype, turns: int) -> dict[str,
     call = 2 * rows * context * KV_HEADS * WIDTH * dtype.itemsize  # bytes that must be read
     layers = -(-AROUND // call)
     shape = (rows * each * BLOCK, KV_HEADS, WIDTH)
-    pools = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(layers)]
+    pools = [filled(shape, dtype) for _ in range(layers)]
     shuffled = torch.randperm(rows * each).tolist()
     spans = [Span(array("i", shuffled[i * each : (i + 1) * each]), context - 1, 1) for i in range(rows)]
     one = native.Native(pools, BLOCK).lay(spans)
@@ -87,7 +93,7 @@ def decode(rows: int, context: int, dtype: torch.dtype, turns: int) -> dict[str,
 def prefill(tokens: int, before: int, dtype: torch.dtype, turns: int) -> dict[str, float]:
     blocks = -(-(tokens + before) // BLOCK)
     shape = (blocks * BLOCK, KV_HEADS, WIDTH)
-    pools = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))]
+    pools = [filled(shape, dtype)]
     spans = [Span(array("i", torch.randperm(blocks).tolist()), before, tokens)]
     one, other = native.Native(pools, BLOCK).lay(spans), Pass(spans, BLOCK, pools, CPU)
     q, k, v = packed(tokens, dtype)

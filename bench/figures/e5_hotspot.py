@@ -69,9 +69,9 @@ def judge(bursts: list[Row], quiet: list[Row]) -> list[Row]:
     adversarial = [row for row in bursts if row["x"] == 0.5 and row["H"] == 8192]
     tripped = [row for row in adversarial if row["guard"] and row["first_filtered"]]
     late = [row["first_filtered"][0] - row["first_alarm"][0] - 2 * row["first_filtered"][1] for row in tripped]
-    goals.append(
-        goal("guarded bursts (x = 0.5, H = 8192, tau at half load) that trip it", share_tripped(adversarial), ">=", 1.0)
-    )
+    for policy in ("product", "product_anticipating"):
+        name = f"{policy}: guarded bursts (x = 0.5, H = 8192, tau at half load) that trip it"
+        goals.append(goal(name, share_tripped(adversarial, policy), ">=", 1.0))
     goals.append(
         goal("requests of the class from its alarm to the first filtered one, less 2|M|: most", max(late), "<=", 10)
     )
@@ -90,8 +90,8 @@ def judge(bursts: list[Row], quiet: list[Row]) -> list[Row]:
     return goals
 
 
-def share_tripped(rows: list[Row]) -> float:
-    there = [row for row in of(rows, "product", True) if (row["background"], row["load"]) == ("tau", 0.5)]
+def share_tripped(rows: list[Row], policy: str) -> float:
+    there = [row for row in of(rows, policy, True) if (row["background"], row["load"]) == ("tau", 0.5)]
     return sum(row["first_filtered"] is not None for row in there) / max(len(there), 1)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from machine import git_commit, machine  # noqa: E402
+
 BINARY = Path(os.environ.get("SCLS_ROUTER_RELEASE", ROOT / "target/release/scls-router"))
 RESULTS = ROOT / "bench/results"
 TRACES = ROOT / "bench/traces"
@@ -214,24 +217,13 @@ def goal(name: str, value: float, op: str, bound: float, **more: Any) -> dict[st
     return {"goal": name, "value": short(value), "op": op, "bound": bound, "holds": ops[op](value, bound), **more}
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
-
-
 def report(name: str, command: str, seconds: float, **more: Any) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "name": name,
         "command": command,
-        "commit": commit.stdout.strip(),
+        "commit": git_commit(),
         "when": time.strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "gpu": None},
+        "machine": machine(),
         "seed": 1,
         "seconds": short(seconds),
         **more,

@@ -78,7 +78,7 @@ steps = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(steps)
 def test_it_routes_as_the_product_says(steps: list[tuple[str, int, int]]) -> None:
-    router, naive = Router(block_size=SIZE), Naive()
+    router, naive = Router("product", block_size=SIZE), Naive()
     for name in "abc":
         router.add_worker(name)
         naive.stored[name] = set()

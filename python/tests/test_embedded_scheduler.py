@@ -196,7 +196,7 @@ def test_a_request_in_four_slices() -> None:
     end = fleet.ends[row]
     assert (end.reason, end.prompt, end.emitted, end.slices, end.worker) == ("length", 2, 10, 4, "a")
     assert fleet.scheduler.slice_len == 3
-    assert repr(fleet.scheduler) == 'Scheduler(policy="product", scheduler="slice", workers=1, rows=0)'
+    assert repr(fleet.scheduler) == 'Scheduler(policy="product_anticipating", scheduler="slice", workers=1, rows=0)'
 
 
 def test_the_time_of_a_batch_is_known_before_it_runs() -> None:
@@ -241,7 +241,7 @@ def test_what_is_cached_is_found() -> None:
     scheduler.kv_delta("a", removed=hash_blocks(5, ids, 4)[1:], now=0.1)
     assert new_tokens() == {"a": 13, "b": 9}
     decision = scheduler.route(ids, now=0.2)
-    assert (decision.worker, decision.row, decision.at, decision.policy) == ("b", None, 0.2, "product")
+    assert (decision.worker, decision.row, decision.at, decision.policy) == ("b", None, 0.2, "product_anticipating")
     assert scheduler.decisions() == [], "it was only asked"
     scheduler.arrive(1, ids, max_tokens=4, now=0.3)
     (made,) = scheduler.decisions()

@@ -21,7 +21,7 @@ TRACES = Path(__file__).resolve().parents[2] / "bench/traces"
 @pytest.fixture(scope="module")
 def two() -> Simulation:
     trace = TRACES / "mooncake_conversation_smoke.jsonl.gz"
-    return simulate(trace, workers=4, scheduler=["continuous", "slice"], policy="product", window=(0, 40))
+    return simulate(trace, workers=4, scheduler=["continuous", "slice"], policy="product_anticipating", window=(0, 40))
 
 
 def test_examples_of_the_docs_run() -> None:

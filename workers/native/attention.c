@@ -26,6 +26,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 
 enum { TILE = 16 };            /* tokens */
@@ -33,6 +36,9 @@ enum { CHUNK = 256 };          /* positions whose scores are held at once; chunk
 enum { ROWS = 6 };             /* most rows (a token's query head) in registers */
 enum { TILE_ROWS = 96 };       /* rows of a task, about: what is done with a chunk while it is in cache */
 enum { CHUNK_TILES = CHUNK / TILE };
+#ifndef RUN
+#define RUN 8
+#endif
 
 /* Rows of tokens [first, last) of a span and one KV head, over the chunks [from, to). */
 struct Task {
@@ -85,9 +91,57 @@ ALWAYS struct State state_in(char *room, size_t rows) {
     return (struct State){(float *)room, (float *)(room + line(4 * rows)), (float *)(room + 2 * line(4 * rows))};
 }
 
+/* The tiles that a task reads in one chunk, keys before values. */
+struct Reach {
+    int32_t begin, end; /* positions: from a tile's first to the last that any of the task's rows sees, and one */
+    int32_t tiles;
+    char *at[2 * CHUNK_TILES];
+};
+
+static void reach(const struct Call *c, const struct Task *task, int32_t chunk, struct Reach *r) {
+    const struct Span *s = c->spans + task->span;
+    const int32_t low = c->window ? most(0, s->start + task->first + 1 - c->window) : 0;
+    r->begin = most(chunk * CHUNK, low / TILE * TILE), r->end = least((chunk + 1) * CHUNK, s->start + task->last);
+    r->tiles = parts(r->end - r->begin, TILE);
+    for (int32_t t = 0; t < r->tiles; t++) {
+        const size_t at = tile_at(c, c->tables + s->table, task->head, r->begin + t * TILE);
+        r->at[t] = c->keys + at, r->at[r->tiles + t] = c->values + at;
+    }
+}
+
+/* What is read next comes from memory while this chunk is computed, into the second cache, which has room for it. It comes
+ * in small runs: line by line takes longer, and a tile at once leaves no room for loads of what is computed.
+ */
+struct Ahead {
+    struct Reach next;
+    int32_t tile, line; /* that come next */
+    int32_t lines;      /* of a tile, a multiple of RUN */
+    int32_t pace;       /* lines to fetch, in 256ths, for each line that is computed */
+    int32_t due;        /* in 256ths */
+};
+
+ALWAYS void fetch_run(struct Ahead *ahead) {
+    if (ahead->tile == 2 * ahead->next.tiles) return;
+    const char *at = ahead->next.at[ahead->tile] + 64 * ahead->line;
+    for (int32_t i = 0; i < RUN; i++) __builtin_prefetch(at + 64 * i, 0, 2);
+    ahead->line += RUN;
+    if (ahead->line == ahead->lines) ahead->line = 0, ahead->tile++;
+}
+
+/* `lines` of this chunk are computed. */
+ALWAYS void fetch(struct Ahead *ahead, int32_t lines) {
+    for (ahead->due += lines * ahead->pace; ahead->due >= 256 * RUN; ahead->due -= 256 * RUN) fetch_run(ahead);
+}
+
+static void fetch_all(const struct Call *c, const struct Task *task) {
+    struct Ahead ahead = {.lines = TILE * c->width * element(c) / 64};
+    reach(c, task, task->from, &ahead.next);
+    while (ahead.tile < 2 * ahead.next.tiles) fetch_run(&ahead);
+}
+
 /* ---------------------------------------------------------------- levels */
 
-typedef void Attend(const struct Call *, const struct Task *, struct Split *, char *room);
+typedef void Attend(const struct Call *, const struct Task *, const struct Task *next, struct Split *, char *room);
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -167,6 +221,21 @@ EXPORT int32_t scls_attention_level(void) {
     return PLAIN;
 #endif
 }
+
+/* Memory that was never touched comes in large pages, if the system has such: tiles lie scattered, and of small pages each
+ * would have to be looked up.
+ */
+EXPORT void scls_large_pages(char *from, int64_t size) {
+#if defined(MADV_HUGEPAGE)
+    char *page = (char *)(((uintptr_t)from + 4095) & ~(uintptr_t)4095);
+    if (page < from + size) madvise(page, (size_t)(from + size - page), MADV_HUGEPAGE);
+#else
+    (void)from, (void)size;
+#endif
+}
+
+/* Bytes of a Call, for who writes it elsewhere. */
+EXPORT int64_t scls_attention_call_size(void) { return sizeof(struct Call); }
 
 /* ---------------------------------------------------------------- the new keys and values */
 
@@ -312,11 +381,16 @@ static void work(void *of) {
         const int32_t from = (i - before) * TILE - s->start % TILE;
         write(c, s, most(from, 0), least(from + TILE, s->size));
     }
+    i = atomic_fetch_add(&team->next_task, 1);
+    if (i < team->count) fetch_all(c, team->tasks + i);
     if (c->barrier) c->barrier();
     Attend *attend = attends[c->level][c->dtype];
-    while ((i = atomic_fetch_add(&team->next_task, 1)) < team->count) {
-        struct Task *task = team->tasks + i;
-        attend(c, task, task->split < 0 ? NULL : team->splits + task->split, team->rooms + mine * team->room);
+    while (i < team->count) {
+        /* Taken one ahead, so that it can be fetched. */
+        const int32_t then = atomic_fetch_add(&team->next_task, 1);
+        const struct Task *task = team->tasks + i, *next = then < team->count ? team->tasks + then : NULL;
+        attend(c, task, next, task->split < 0 ? NULL : team->splits + task->split, team->rooms + mine * team->room);
+        i = then;
     }
 }
 

@@ -454,6 +454,11 @@ EXPORT void scls_forward(const struct Decoder *given, const struct Forward *f) {
     run(&work, MULTIPLY, (d->head.n + PANEL - 1) / PANEL);
 }
 
+/* Bytes of the three structures, for who writes them elsewhere. */
+EXPORT int64_t scls_forward_sizes(void) {
+    return (int64_t)sizeof(struct Layer) << 32 | (int64_t)sizeof(struct Decoder) << 16 | (int64_t)sizeof(struct Forward);
+}
+
 /* Packs weights [N, K] of the model's type. */
 EXPORT void scls_pack(const char *weights, char *panels, int32_t n, int32_t k, int32_t dtype) {
     const int32_t lanes = dtype == FLOAT32 ? 1 : 2, element = 4 / lanes;

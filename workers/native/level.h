@@ -26,7 +26,9 @@ typedef float IN(Weight);
 
 typedef float IN(Floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IN(Ints) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int16_t IN(Shorts) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define Weight IN(Weight)
+#define Shorts IN(Shorts)
 #define Floats IN(Floats)
 #define Ints IN(Ints)
 
@@ -53,10 +55,11 @@ INNER Floats IN(madd)(Floats sum, Weight weight, Floats column) {
 
 /* Scores of `rows` rows with `columns` vectors of 16-token tiles. `q` is packed [units, HALVES, ROWS]. */
 INNER void IN(some_scores)(
-    int rows, int columns, const Weight *q, int units, const char *const *at, const char *const *ahead, float *scores) {
+    int rows, int columns, const Weight *q, int units, const char *const *at, float *scores, struct Ahead *ahead) {
     Floats sums[ROWS][COLUMNS];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < columns; j++) sums[r][j] = (Floats){0};
     for (int unit = 0; unit < units; unit++) {
+        fetch(ahead, columns * LANES / 16);
         UNROLL for (int half = 0; half < HALVES; half++) {
             Floats column[COLUMNS];
             UNROLL for (int j = 0; j < columns; j++) column[j] = IN(load)(at[j] + (size_t)unit * TILE * 4, half);
@@ -66,13 +69,13 @@ INNER void IN(some_scores)(
             }
         }
     }
-    (void)ahead;
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < columns; j++) *(Floats *)(scores + r * CHUNK + j * LANES) = sums[r][j];
 }
 
 /* Of `tiles` tiles. */
-INNER void IN(row_scores)(int rows, const Weight *q, int units, char *const *keys, int tiles, float *scores) {
+INNER void IN(row_scores)(
+    int rows, const Weight *q, int units, char *const *keys, int tiles, float *scores, struct Ahead *ahead) {
     const int vectors = tiles * PER_TILE;
     int done = 0;
     const char *at[COLUMNS];
@@ -81,7 +84,7 @@ INNER void IN(row_scores)(int rows, const Weight *q, int units, char *const *key
         const int vector = done + j;                                                               \
         at[j] = keys[vector / PER_TILE] + (size_t)(vector % PER_TILE) * LANES * 4;                 \
     }                                                                                              \
-    IN(some_scores)(rows, n, q, units, at, at, scores + done * LANES);                             \
+    IN(some_scores)(rows, n, q, units, at, scores + done * LANES, ahead);                              \
     done += n;
     while (vectors - done >= COLUMNS) { TAKE(COLUMNS) }
 #if COLUMNS > 2
@@ -93,13 +96,15 @@ INNER void IN(row_scores)(int rows, const Weight *q, int units, char *const *key
 
 /* `columns` vectors of the weighted values of `tiles` tiles. */
 INNER void IN(some_sums)(
-    int rows, int columns, const Weight *weights, char *const *values, int tiles, size_t offset, int width, float *acc) {
+    int rows, int columns, const Weight *weights, char *const *values, int tiles, size_t offset, int width, float *acc,
+    struct Ahead *ahead) {
     enum { UNITS = TILE >> PAIRED };
     Floats sums[ROWS][COLUMNS];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < columns; j++) sums[r][j] = (Floats){0};
     for (int tile = 0; tile < tiles; tile++) {
         const char *at = values[tile] + offset;
         for (int unit = 0; unit < UNITS; unit++, at += (size_t)width * 4) {
+            fetch(ahead, columns * LANES / 16);
             UNROLL for (int half = 0; half < HALVES; half++) {
                 Floats column[COLUMNS];
                 UNROLL for (int j = 0; j < columns; j++) column[j] = IN(load)(at + j * LANES * 4, half);
@@ -114,10 +119,11 @@ INNER void IN(some_sums)(
         UNROLL for (int j = 0; j < columns; j++) *(Floats *)(acc + (size_t)r * width + j * LANES) = sums[r][j];
 }
 
-INNER void IN(row_sums)(int rows, const Weight *weights, char *const *values, int tiles, int width, float *acc) {
+INNER void IN(row_sums)(
+    int rows, const Weight *weights, char *const *values, int tiles, int width, float *acc, struct Ahead *ahead) {
     int done = 0;
 #define TAKE(n)                                                                                                   \
-    IN(some_sums)(rows, n, weights, values, tiles, (size_t)done * LANES * 4, width, acc + done * LANES);         \
+    IN(some_sums)(rows, n, weights, values, tiles, (size_t)done * LANES * 4, width, acc + done * LANES, ahead); \
     done += n;
     const int vectors = width / LANES;
     while (vectors - done >= COLUMNS) { TAKE(COLUMNS) }
@@ -138,14 +144,16 @@ INNER void IN(row_sums)(int rows, const Weight *weights, char *const *values, in
     default: call(6); break;                                                                       \
     }
 
-static TARGET void IN(scores)(int rows, const Weight *q, int units, char *const *keys, int tiles, float *scores) {
-#define CALL(n) IN(row_scores)(n, q, units, keys, tiles, scores)
+static TARGET void IN(scores)(
+    int rows, const Weight *q, int units, char *const *keys, int tiles, float *scores, struct Ahead *ahead) {
+#define CALL(n) IN(row_scores)(n, q, units, keys, tiles, scores, ahead)
     EACH(CALL)
 #undef CALL
 }
 
-static TARGET void IN(sums)(int rows, const Weight *weights, char *const *values, int tiles, int width, float *acc) {
-#define CALL(n) IN(row_sums)(n, weights, values, tiles, width, acc)
+static TARGET void IN(sums)(
+    int rows, const Weight *weights, char *const *values, int tiles, int width, float *acc, struct Ahead *ahead) {
+#define CALL(n) IN(row_sums)(n, weights, values, tiles, width, acc, ahead)
     EACH(CALL)
 #undef CALL
 }
@@ -156,10 +164,20 @@ INNER Floats IN(select)(Ints where, Floats yes, Floats no) {
     return (Floats)(((Ints)yes & where) | ((Ints)no & ~where));
 }
 
-INNER Floats IN(larger)(Floats a, Floats b) { return IN(select)(a > b, a, b); }
+/* `b` where either is NaN. */
+INNER Floats IN(larger)(Floats a, Floats b) {
+#if LANES == 16
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return IN(select)(a > b, a, b);
+#endif
+}
 
 /* 2^x, to an ulp or two; 0 below the normal numbers, NaN of NaN. Not for x > 127. */
 INNER Floats IN(exp2)(Floats x) {
+    x = IN(larger)((Floats){0} - 127.0f, x);
     const Floats magic = (Floats){0} + 12582912.0f; /* 1.5 * 2^23: its sum with x has x rounded in the low bits */
     const Floats rounded = x + magic;
     const Floats part = x - (rounded - magic); /* within a half */
@@ -169,8 +187,7 @@ INNER Floats IN(exp2)(Floats x) {
     y = y * part + 2.402264791363012e-1f;
     y = y * part + 6.931472028550421e-1f;
     y = y * part + 1.0f;
-    y *= (Floats)(((Ints)rounded << 23) + 0x3f800000);
-    return IN(select)(x < -126.0f, (Floats){0}, y);
+    return y * (Floats)(((Ints)rounded << 23) + 0x3f800000); /* of -127 this is 0 */
 }
 
 /* Near zero a polynomial, since 1 - 2 / (e^2x + 1) would lose its digits. */
@@ -187,74 +204,62 @@ INNER Floats IN(tanh)(Floats x) {
     return IN(select)((x < 0.625f) & (x > -0.625f), near, far);
 }
 
-INNER float IN(largest)(Floats v) {
-    float best = v[0];
-    UNROLL for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
-    return best;
+/* `count` scores of positions from `base` on, of which a row sees [low, high), as powers of two; the largest. */
+INNER float IN(scale)(const struct Call *c, int capped, float *scores, int32_t count, int32_t base, int32_t low, int32_t high) {
+    const float log2e = 1.4426950408889634f;
+    const float scaling = capped ? c->scaling / c->softcap : c->scaling * log2e, cap = c->softcap * log2e;
+    const Floats none = (Floats){0} - INFINITY;
+    Ints lane;
+    UNROLL for (int i = 0; i < LANES; i++) lane[i] = i;
+    Floats best = none;
+    for (int32_t i = 0; i < count; i += LANES) {
+        Floats x = *(Floats *)(scores + i) * scaling;
+        if (capped) x = IN(tanh)(x) * cap;
+        if (base + i < low || base + i + LANES > high) {
+            const Ints position = lane + (base + i);
+            x = IN(select)((position >= low) & (position < high), x, none);
+        }
+        *(Floats *)(scores + i) = x;
+        best = IN(larger)(x, best);
+    }
+    float lanes[LANES];
+    *(Floats *)lanes = best;
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+    return lanes[0];
 }
 
-INNER float IN(total)(Floats v) {
-    /* Halves onto one another: the same order at every level. */
+/* The same scores become weights in the same place, pairs of bfloat16 in the first half of it; their sum. */
+INNER float IN(weigh)(float *scores, int32_t count, float top) {
+    Floats sum = {0};
+    for (int32_t i = 0; i < count; i += LANES) {
+        const Floats y = IN(exp2)(*(Floats *)(scores + i) - top);
+        sum += y;
+#ifdef DOTS
+        _mm256_storeu_si256((__m256i *)(scores + i / 2), (__m256i)_mm512_cvtneps_pbh((__m512)y));
+#else
+        *(Floats *)(scores + i) = y;
+#endif
+    }
     float lanes[LANES];
-    *(Floats *)lanes = v;
+    *(Floats *)lanes = sum;
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
     return lanes[0];
 }
 
-/* A row's scores of positions [base, base + 16 tiles), of which it sees [low, high), become its weights in the same place, pairs of
- * bfloat16 in the first half of it. */
-static TARGET void IN(weigh)(
-    const struct Call *c, float *scores, int32_t tiles, int32_t base, int32_t low, int32_t high, float *top, float *sum) {
-    const float log2e = 1.4426950408889634f;
-    const int32_t vectors = tiles * PER_TILE;
-    Ints count;
-    UNROLL for (int i = 0; i < LANES; i++) count[i] = i;
-    const Floats none = (Floats){0} - INFINITY;
-    Floats best = none;
-    for (int32_t i = 0; i < vectors; i++) {
-        Floats *at = (Floats *)scores + i;
-        const int32_t first = base + i * LANES;
-        Floats x;
-        if (c->softcap == 0.0f) {
-            x = *at * (c->scaling * log2e);
-        } else {
-            x = IN(tanh)(*at * (c->scaling / c->softcap)) * (c->softcap * log2e);
-        }
-        if (first < low || first + LANES > high) {
-            const Ints position = count + first;
-            x = IN(select)((position >= low) & (position < high), x, none);
-        }
-        *at = x;
-        best = IN(larger)(x, best);
-    }
-    *top = IN(largest)(best);
-    const float subtracted = *top == -INFINITY ? 0.0f : *top;
-    Floats all = {0};
-    for (int32_t i = 0; i < vectors; i++) {
-        const Floats y = IN(exp2)(((Floats *)scores)[i] - subtracted);
-        all += y;
-#ifdef DOTS
-        _mm256_storeu_si256((__m256i *)scores + i, (__m256i)_mm512_cvtneps_pbh((__m512)y));
-#else
-        ((Floats *)scores)[i] = y;
-#endif
-    }
-    *sum = IN(total)(all);
-}
-
 /* ---------------------------------------------------------------- a task */
 
-static TARGET void IN(pack)(const struct Call *c, const struct Task *task, const struct Span *s, int32_t row, int32_t rows, Weight *q) {
-    const int32_t g = group(c), each = element(c);
+/* A block of rows' queries as what columns are multiplied by: [units, HALVES, ROWS]. */
+static TARGET void IN(pack)(
+    const struct Call *c, const struct Task *task, const struct Span *s, int32_t row, int32_t rows, Weight *q) {
+    const int32_t g = group(c), weights = HALVES * (c->width >> PAIRED);
     for (int32_t r = 0; r < rows; r++) {
         const int32_t token = s->first + task->first + (row + r) / g, head = task->head * g + (row + r) % g;
-        const char *from = c->q + (token * c->q_token + head * c->q_head) * each;
-        for (int32_t i = 0; i < c->width >> (PAIRED && HALVES == 1); i++) {
+        const char *from = c->q + (token * c->q_token + head * c->q_head) * element(c);
+        for (int32_t i = 0; i < weights; i++) {
 #if HALVES == 2
-            uint16_t bits;
-            memcpy(&bits, from + 2 * i, 2);
-            const uint32_t wide = (uint32_t)bits << 16;
+            const uint32_t wide = (uint32_t)((const uint16_t *)from)[i] << 16;
             memcpy(q + i * ROWS + r, &wide, 4);
 #else
             memcpy(q + i * ROWS + r, from + 4 * i, 4);
@@ -279,38 +284,33 @@ static TARGET void IN(merge)(struct State to, struct State of, int32_t rows, int
     }
 }
 
-static TARGET void IN(finish)(const struct Call *c, const struct Task *task, const struct Span *s, struct State state, int32_t rows) {
-    const int32_t g = group(c);
+static TARGET void IN(finish)(
+    const struct Call *c, const struct Task *task, const struct Span *s, struct State state, int32_t rows) {
+    const int32_t g = group(c), width = c->width;
     for (int32_t r = 0; r < rows; r++) {
         const size_t token = s->first + task->first + r / g, head = task->head * g + r % g;
-        char *to = c->out + (token * c->heads + head) * c->width * element(c);
-        const float *from = state.acc + (size_t)r * c->width;
-        for (int32_t d = 0; d < c->width; d++) {
-            const float x = from[d] / state.sum[r];
+        char *to = c->out + (token * c->heads + head) * width * element(c);
+        for (int32_t d = 0; d < width; d += LANES) {
+            const Floats x = *(Floats *)(state.acc + (size_t)r * width + d) / state.sum[r];
 #if PAIRED
-            uint32_t bits;
-            memcpy(&bits, &x, 4);
             /* To the nearest, to even between two; a NaN stays one. */
-            bits = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
-            const uint16_t half = (uint16_t)(bits >> 16);
-            memcpy(to + 2 * d, &half, 2);
+            const Ints bits = (Ints)x, odd = (bits >> 16) & 1;
+            const Ints near = (Ints)IN(select)(x == x, (Floats)(bits + 0x7fff + odd), (Floats)(bits | 0x400000));
+            *(Shorts *)(to + 2 * d) = __builtin_convertvector(near >> 16, Shorts);
 #else
-            memcpy(to + 4 * d, &x, 4);
+            *(Floats *)(to + 4 * d) = x;
 #endif
         }
     }
 }
 
-static TARGET void IN(attend)(const struct Call *c, const struct Task *task, struct Split *split, char *room) {
+static TARGET void IN(attend)(
+    const struct Call *c, const struct Task *task, const struct Task *next, struct Split *split, char *room) {
     const struct Span *s = c->spans + task->span;
-    const int32_t *table = c->tables + s->table;
     const int32_t g = group(c), rows = (task->last - task->first) * g, width = c->width;
     const int32_t blocks = parts(rows, ROWS), block_rows = parts(rows, blocks);
     const int32_t units = width >> PAIRED;
     const size_t packed = line(4 * (size_t)width * ROWS);
-    /* Positions that any of the rows sees. */
-    const int32_t low = c->window ? most(0, s->start + task->first + 1 - c->window) : 0;
-    const int32_t high = s->start + task->last;
 
     char *queries = room;
     struct State so_far = state_in(room += packed * blocks, rows);
@@ -323,13 +323,14 @@ static TARGET void IN(attend)(const struct Call *c, const struct Task *task, str
         IN(pack)(c, task, s, row, least(block_rows, rows - row), (Weight *)(queries + packed * b));
     }
     for (int32_t chunk = task->from; chunk < task->to; chunk++) {
-        const int32_t begin = most(chunk * CHUNK, low / TILE * TILE), end = least((chunk + 1) * CHUNK, high);
-        const int32_t tiles = parts(end - begin, TILE);
-        char *keys[CHUNK_TILES], *values[CHUNK_TILES];
-        for (int32_t t = 0; t < tiles; t++) {
-            const size_t at = tile_at(c, table, task->head, begin + t * TILE);
-            keys[t] = c->keys + at, values[t] = c->values + at;
-        }
+        struct Reach here;
+        reach(c, task, chunk, &here);
+        const int32_t begin = here.begin, end = here.end, tiles = here.tiles;
+        char **keys = here.at, **values = here.at + tiles;
+        struct Ahead ahead = {.lines = TILE * width * element(c) / 64};
+        const int last = chunk + 1 == task->to;
+        if (!last || next) reach(c, last ? next : task, last ? next->from : chunk + 1, &ahead.next);
+        ahead.pace = 256 * ahead.next.tiles / tiles;
         const int32_t rest = (end - begin) % TILE;
         if (rest) {
             /* What is weighed by nought must be a number. */
@@ -359,13 +360,20 @@ static TARGET void IN(attend)(const struct Call *c, const struct Task *task, str
                 memset(state.acc + (size_t)row * width, 0, 4 * (size_t)width * its);
                 continue;
             }
-            IN(scores)(its, (const Weight *)(queries + packed * b), units, keys + from, to - from, scores);
+            if (b) ahead.pace = 0;
+            IN(scores)(its, (const Weight *)(queries + packed * b), units, keys + from, to - from, scores, &ahead);
             for (int32_t r = 0; r < its; r++) {
                 const int32_t at = s->start + task->first + (row + r) / g;
                 const int32_t since = c->window ? most(0, at + 1 - c->window) : 0;
-                IN(weigh)(c, scores + r * CHUNK, to - from, begin + from * TILE, since, at + 1, state.most + row + r, state.sum + row + r);
+                float *mine = scores + r * CHUNK;
+                const int32_t count = (to - from) * TILE, base = begin + from * TILE;
+                const float top = c->softcap == 0.0f ? IN(scale)(c, 0, mine, count, base, since, at + 1)
+                                                     : IN(scale)(c, 1, mine, count, base, since, at + 1);
+                state.most[row + r] = top;
+                state.sum[row + r] = IN(weigh)(mine, count, top == -INFINITY ? 0.0f : top);
             }
-            IN(sums)(its, (const Weight *)scores, values + from, to - from, width, state.acc + (size_t)row * width);
+            IN(sums)(its, (const Weight *)scores, values + from, to - from, width, state.acc + (size_t)row * width,
+                     &ahead);
         }
         if (!split && chunk > task->from) IN(merge)(so_far, of_chunk, rows, width);
     }
@@ -385,6 +393,7 @@ static TARGET void IN(attend)(const struct Call *c, const struct Task *task, str
 #undef Weight
 #undef Floats
 #undef Ints
+#undef Shorts
 #undef EACH
 #undef HALVES
 #undef IN

@@ -42,7 +42,7 @@ passes: dict[int, Attention] = {}
 new_runner = itertools.count().__next__
 
 # Opaque to torch.compile: which pass it is, and where KV lies, is seen only when it runs.
-library = torch.library.Library("scls", "DEF")
+library: Any = torch.library.Library("scls", "DEF")  # type: ignore[no-untyped-call]
 library.define(
     "attend(Tensor query, Tensor key, Tensor value, int runner, int layer, float scaling, int? window, float? softcap)"
     " -> Tensor"

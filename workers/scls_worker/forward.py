@@ -8,7 +8,7 @@ believed but tried: `agrees` holds it against the family's own forward before an
 
 from array import array
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p, sizeof
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,9 @@ class Forward:
             raise Unreadable(f"no {LEVELS[least]} here")
         if config.model_type not in NORMS:
             raise Unreadable(f"{config.model_type} has layers of its own")
+        kernel.library.scls_forward_sizes.restype = c_int64
+        if kernel.library.scls_forward_sizes() != sizeof(_Layer) << 32 | sizeof(_Decoder) << 16 | sizeof(_Forward):
+            raise Unreadable("the extension was built from other sources")
         self.model, self.native, self.config = model, native, config
         self.pack = kernel.library.scls_pack
         self.pack.argtypes, self.pack.restype = (c_void_p, c_void_p, c_int32, c_int32, c_int32), None

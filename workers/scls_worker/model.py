@@ -64,18 +64,10 @@ class ModelRunner:
         self.device = model.device
         config = model.config.get_text_config()
         shape = (blocks * block_size, *kv_shape(config))  # [slots, Hkv, D]
-        self.pools = [
-            (
-                torch.zeros(shape, dtype=model.dtype, device=self.device),
-                torch.zeros(shape, dtype=model.dtype, device=self.device),
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
+        refused = "padded layout" if padded else native.refusal(self.device, model.dtype, block_size, shape[-1])
+        self.pools = [(self._pool(shape), self._pool(shape)) for _ in range(config.num_hidden_layers)]
+        self.native = native.Native(self.pools, block_size) if refused is None else None
         self.number = new_runner()
-        self.native: native.Native | None = None
-        refused = native.refusal(self.device, model.dtype, block_size, shape[-1]) if not padded else "padded layout"
-        if refused is None:
-            self.native = native.Native(self.pools, block_size)
         log.info("attention: %s", self.native.name if self.native else f"sdpa ({refused})")
         self.forward: Forward | None = None
         if self.native and not eager:
@@ -95,6 +87,11 @@ class ModelRunner:
             return None
         log.info("forward: %s, off by %.1g of the logits' spread", self.native.name, off)
         return forward
+
+    def _pool(self, shape: Sequence[int]) -> Tensor:
+        if self.device.type == "cpu":
+            return native.zeros(shape, self.model.dtype)
+        return torch.zeros(shape, dtype=self.model.dtype, device=self.device)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:

@@ -41,13 +41,17 @@ class Kernel:
     """The loaded extension, and the threads it may use: torch's own. A second pool would wait for the first one's cores."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
+        self.library = library = ctypes.CDLL(str(path))
+        library.scls_attention_call_size.restype = c_int64
+        if library.scls_attention_call_size() != ctypes.sizeof(Call):
+            raise OSError(f"built from other sources: {path}")
         library.scls_attention_level.restype = c_int32
         self.level: int = library.scls_attention_level()
-        self.library = library
         self.attend, self.room = library.scls_attend, library.scls_attention_room
         self.attend.argtypes, self.attend.restype = (POINTER(Call),), None
         self.room.argtypes, self.room.restype = (POINTER(Call),), c_int64
+        self.large_pages = library.scls_large_pages
+        self.large_pages.argtypes, self.large_pages.restype = (c_void_p, c_int64), None
         self.parallel, self.barrier = (address_in_torch(name) for name in ("GOMP_parallel", "GOMP_barrier"))
 
     def name(self, dtype: torch.dtype) -> str:
@@ -67,7 +71,7 @@ def address_in_torch(name: str) -> int | None:
 
 @lru_cache(maxsize=1)
 def kernel() -> Kernel | None:
-    """None where the wheel was built without a compiler."""
+    """None where the wheel was built without a compiler, or the sources went on since."""
     found = importlib.util.find_spec("scls_worker._attention")
     if found is None or found.origin is None:
         return None
@@ -88,8 +92,17 @@ def refusal(device: torch.device, dtype: torch.dtype, block_size: int, width: in
     if width % TILE:
         return f"head width {width}"
     if kernel() is None:
-        return "installed without the C extension"
+        return "no C extension of this version"
     return None
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """In large pages where the system gives them: reading KV is a fifth faster."""
+    pool = torch.empty(tuple(shape), dtype=dtype)
+    loaded = kernel()
+    if loaded is not None:
+        loaded.large_pages(pool.data_ptr(), pool.nbytes)
+    return pool.zero_()
 
 
 class Native:
