@@ -77,7 +77,7 @@ def main() -> None:
             sys.exit(f"others take {busy:.0%} of this machine's cores\n  wait until it is quiet, or say --anyway")
         folder = make(args.shape, args.dtype)
         contest = Contest(folder, args.dtype, rounds=args.rounds, threads=args.threads, vllm=args.vllm, flags=flags)
-        contest.only = tuple(args.rival or ())
+    contest.only = tuple(args.rival or ())
     parts = args.parts or PARTS
     made: dict[str, Any] = {"goals": []}
 
