@@ -149,7 +149,9 @@ def compete(contest: Contest) -> dict[str, Any]:
 
 
 def warm(engine: Engine, contest: Contest, how: dict[str, Any]) -> None:
-    engine.turn(count=min(contest.count, 4), turn=0, **how)
+    # A turn of a rival that takes a minute is no warmer than its first batches.
+    slow = engine.name in (STATIC, CONTINUOUS)
+    engine.turn(count=min(contest.count, 4) if slow else contest.count, turn=0, **how)
 
 
 def swept(engine: Engine, contest: Contest) -> tuple[list[dict[str, Any]], int]:
