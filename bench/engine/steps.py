@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,41 +48,64 @@ def steps(folder: Path, dtype: str, flags: Sequence[str]) -> list[dict[str, Any]
     out = []
     for rows in ROWS:
         seconds, bound = statistics.median(taken[rows]), step_seconds(shape, limits, rows, CONTEXT)
-        parts = profile(lambda point=points[rows]: bench.take(point))
+        parts = profile(served.runner, lambda point=points[rows]: bench.take(point))
         row = {"rows": rows, "context": CONTEXT, "ms": 1e3 * seconds, "bound_ms": 1e3 * bound, "share": bound / seconds}
-        out.append(row | parts)
+        out.append({**row, "parts": parts})
     return out
 
 
-def profile(step: Any, calls: int = 5) -> dict[str, float]:
-    """Shares of a step's time: products with weights, attention, and the rest."""
-    from scls_worker import attention
+def profile(runner: Any, step: Callable[[], object], calls: int = 5) -> dict[str, float]:
+    """Shares of a step's time. Where one call of ours computes all layers, it is one part."""
+    if getattr(runner, "forward", None):
+        return profile_of_call(runner, step, calls)
+    from scls_worker.attention import Pass
+    from scls_worker.native import NativePass
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiled
 
-    plain = attention.Pass.attend
+    def named(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def attend(*args: Any) -> Any:
+            with record_function("bench attention"):
+                return plain(*args)
 
-    def attend(self: Any, *args: Any) -> Any:
-        with record_function("bench attention"):
-            return plain(self, *args)
+        return attend
 
-    attention.Pass.attend = attend  # type: ignore[method-assign]
+    plain: dict[Any, Any] = {made: made.attend for made in (Pass, NativePass)}
+    for made, attend in plain.items():
+        made.attend = named(attend)
     try:
         with profiled(activities=[ProfilerActivity.CPU]) as seen:
             for _ in range(calls):
                 with record_function("bench step"):
                     step()
     finally:
-        attention.Pass.attend = plain  # type: ignore[method-assign]
-    times = {event.key: event for event in seen.key_averages()}
+        for made, attend in plain.items():
+            made.attend = attend
+    times = {event.key: event.cpu_time_total for event in seen.key_averages()}
+    linear, attention = (times[name] / times["bench step"] for name in ("aten::linear", "bench attention"))
+    return {"linear": linear, "attention": attention, "rest": 1 - linear - attention}
 
-    def total(*names: str) -> float:
-        return sum(event.cpu_time_total for name, event in times.items() if name in names)
 
-    whole = total("bench step")
-    linear = total("aten::linear") / whole
-    attending = total("bench attention") / whole
-    return {"linear": linear, "attention": attending, "rest": 1 - linear - attending}
+def profile_of_call(runner: Any, step: Callable[[], object], calls: int) -> dict[str, float]:
+    forward, inside = runner.forward, 0.0
+
+    def timed(*args: Any) -> Any:
+        nonlocal inside
+        began = time.perf_counter()
+        try:
+            return forward(*args)
+        finally:
+            inside += time.perf_counter() - began
+
+    runner.forward = timed
+    try:
+        began = time.perf_counter()
+        for _ in range(calls):
+            step()
+        whole = time.perf_counter() - began
+    finally:
+        runner.forward = forward
+    return {"layers": inside / whole, "rest": 1 - inside / whole}
 
 
 def main() -> None:
@@ -99,10 +123,9 @@ def main() -> None:
 
 
 def show(row: dict[str, Any]) -> str:
-    return (
-        f"decode step, {row['rows']:2} rows x {row['context']}: {row['ms']:6.2f} ms, {row['share']:4.0%} of the roofline"
-        f" ({row['bound_ms']:.2f} ms); linear {row['linear']:.0%}, attention {row['attention']:.0%}, rest {row['rest']:.0%}"
-    )
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in row["parts"].items())
+    of = f"{row['share']:4.0%} of the roofline ({row['bound_ms']:.2f} ms)"
+    return f"decode step, {row['rows']:2} rows x {row['context']}: {row['ms']:6.2f} ms, {of}; {parts}"
 
 
 if __name__ == "__main__":

@@ -30,19 +30,17 @@
 #include <sys/mman.h>
 #endif
 
-
 enum { TILE = 16 };            /* tokens */
-enum { CHUNK = 256 };          /* positions whose scores are held at once; chunks begin at multiples of it */
+enum { CHUNK = 128 };          /* positions whose scores are held at once; chunks begin at multiples of it */
 enum { ROWS = 6 };             /* most rows (a token's query head) in registers */
 enum { TILE_ROWS = 96 };       /* rows of a task, about: what is done with a chunk while it is in cache */
 enum { CHUNK_TILES = CHUNK / TILE };
-#ifndef RUN
-#define RUN 8
-#endif
+enum { AHEAD_BYTES = 1 << 18 }; /* fetched ahead at most */
+enum { RUN = 4 };              /* cache lines fetched at once; a tile is a whole number of them */
 
-/* Rows of tokens [first, last) of a span and one KV head, over the chunks [from, to). */
+/* Rows of tokens [first, last) of a span and `heads` KV heads from `head` on, over the chunks [from, to). */
 struct Task {
-    int32_t span, head, first, last, from, to;
+    int32_t span, head, heads, first, last, from, to;
     int32_t split; /* among the splits; -1: this task has all chunks */
 };
 
@@ -77,6 +75,9 @@ ALWAYS size_t line(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 ALWAYS int32_t element(const struct Call *c) { return c->dtype == FLOAT32 ? 4 : 2; }
 ALWAYS int32_t group(const struct Call *c) { return c->heads / c->kv_heads; }
 
+/* Bytes between the tiles of a block's neighbouring heads. */
+ALWAYS size_t head_bytes(const struct Call *c) { return (size_t)c->block_size * c->width * element(c); }
+
 /* Bytes from the pool's beginning to the tile of `head` that holds `position`. */
 ALWAYS size_t tile_at(const struct Call *c, const int32_t *table, int32_t head, int32_t position) {
     size_t tile = (size_t)TILE * c->width * element(c);
@@ -91,10 +92,10 @@ ALWAYS struct State state_in(char *room, size_t rows) {
     return (struct State){(float *)room, (float *)(room + line(4 * rows)), (float *)(room + 2 * line(4 * rows))};
 }
 
-/* The tiles that a task reads in one chunk, keys before values. */
+/* The tiles that a task reads in one chunk, keys before values; of its first head. */
 struct Reach {
     int32_t begin, end; /* positions: from a tile's first to the last that any of the task's rows sees, and one */
-    int32_t tiles;
+    int32_t tiles, heads;
     char *at[2 * CHUNK_TILES];
 };
 
@@ -102,7 +103,7 @@ static void reach(const struct Call *c, const struct Task *task, int32_t chunk, 
     const struct Span *s = c->spans + task->span;
     const int32_t low = c->window ? most(0, s->start + task->first + 1 - c->window) : 0;
     r->begin = most(chunk * CHUNK, low / TILE * TILE), r->end = least((chunk + 1) * CHUNK, s->start + task->last);
-    r->tiles = parts(r->end - r->begin, TILE);
+    r->tiles = parts(r->end - r->begin, TILE), r->heads = task->heads;
     for (int32_t t = 0; t < r->tiles; t++) {
         const size_t at = tile_at(c, c->tables + s->table, task->head, r->begin + t * TILE);
         r->at[t] = c->keys + at, r->at[r->tiles + t] = c->values + at;
@@ -110,22 +111,26 @@ static void reach(const struct Call *c, const struct Task *task, int32_t chunk, 
 }
 
 /* What is read next comes from memory while this chunk is computed, into the second cache, which has room for it. It comes
- * in small runs: line by line takes longer, and a tile at once leaves no room for loads of what is computed.
+ * in small runs: line by line takes longer, and a tile at once leaves no room for loads of what is computed. A tile's heads
+ * come one behind the other, as they lie in a block.
  */
 struct Ahead {
     struct Reach next;
-    int32_t tile, line; /* that come next */
-    int32_t lines;      /* of a tile, a multiple of RUN */
-    int32_t pace;       /* lines to fetch, in 256ths, for each line that is computed */
-    int32_t due;        /* in 256ths */
+    int32_t tile, head, line; /* that come next */
+    int32_t lines;            /* of a tile, a multiple of RUN */
+    size_t head_bytes;
+    int32_t pace;             /* lines to fetch, in 256ths, for each line that is computed */
+    int32_t due;              /* in 256ths */
 };
 
 ALWAYS void fetch_run(struct Ahead *ahead) {
     if (ahead->tile == 2 * ahead->next.tiles) return;
-    const char *at = ahead->next.at[ahead->tile] + 64 * ahead->line;
+    const char *at = ahead->next.at[ahead->tile] + ahead->head * ahead->head_bytes + 64 * ahead->line;
     for (int32_t i = 0; i < RUN; i++) __builtin_prefetch(at + 64 * i, 0, 2);
     ahead->line += RUN;
-    if (ahead->line == ahead->lines) ahead->line = 0, ahead->tile++;
+    if (ahead->line < ahead->lines) return;
+    ahead->line = 0;
+    if (++ahead->head == ahead->next.heads) ahead->head = 0, ahead->tile++;
 }
 
 /* `lines` of this chunk are computed. */
@@ -134,9 +139,14 @@ ALWAYS void fetch(struct Ahead *ahead, int32_t lines) {
 }
 
 static void fetch_all(const struct Call *c, const struct Task *task) {
-    struct Ahead ahead = {.lines = TILE * c->width * element(c) / 64};
+    struct Ahead ahead = {.lines = TILE * c->width * element(c) / 64, .head_bytes = head_bytes(c)};
     reach(c, task, task->from, &ahead.next);
     while (ahead.tile < 2 * ahead.next.tiles) fetch_run(&ahead);
+}
+
+/* Queries, packed, and what their rows have gathered so far: of one head. */
+ALWAYS size_t head_room(const struct Call *c, int32_t rows) {
+    return line(4 * (size_t)c->width * ROWS) * parts(rows, ROWS) + state_bytes(rows, c->width);
 }
 
 /* ---------------------------------------------------------------- levels */
@@ -305,10 +315,21 @@ static int32_t chunks_each(const struct Call *c, const struct Size *size) {
     return most(1, size->chunks / (4 * c->threads));
 }
 
+/* KV heads that a single token's task has, where there are so many that no thread goes without: their tiles lie together in
+ * a block, and long reads are faster. What is fetched ahead is to fit into a part of the second cache.
+ */
+static int32_t heads_each(const struct Call *c, const struct Size *size) {
+    int32_t heads = c->kv_heads;
+    while (heads > 1 && (c->kv_heads % heads || size->tasks / heads < 8 * c->threads ||
+                         heads * 2 * CHUNK * c->width * element(c) > AHEAD_BYTES))
+        heads--;
+    return heads;
+}
+
 static size_t thread_room(const struct Call *c, int32_t rows) {
-    const size_t units = (size_t)c->width; /* of packed queries, floats at most */
-    size_t bytes = line(4 * units * ROWS) * parts(rows, ROWS);
-    bytes += 2 * state_bytes(rows, c->width);          /* so far, and of one chunk */
+    const size_t one = head_room(c, rows), all = head_room(c, group(c)) * c->kv_heads;
+    size_t bytes = one > all ? one : all;
+    bytes += state_bytes(rows, c->width);              /* of one chunk */
     bytes += line(4 * CHUNK * ROWS);                   /* scores */
     bytes += line(4 * TILE * (size_t)c->width);        /* the last values */
     return bytes;
@@ -337,7 +358,7 @@ EXPORT int64_t scls_attention_room(const struct Call *c) {
 
 /* Long chunks' last tokens first, which see most; single tokens fill what remains. */
 static int32_t plan(const struct Call *c, const struct Size *size, const struct Rooms *rooms, struct Team *team) {
-    const int32_t tokens = task_tokens(c), each = chunks_each(c, size);
+    const int32_t tokens = task_tokens(c), each = chunks_each(c, size), together = heads_each(c, size);
     char *states = c->room + rooms->states;
     int32_t count = 0, splits = 0;
     for (int32_t single = 0; single < 2; single++) {
@@ -345,10 +366,10 @@ static int32_t plan(const struct Call *c, const struct Size *size, const struct 
             const struct Span *s = c->spans + i;
             if ((s->size == 1) != single) continue;
             for (int32_t first = (s->size - 1) / tokens * tokens; first >= 0; first -= tokens) {
-                struct Task whole = {.span = i, .split = -1};
+                struct Task whole = {.span = i, .heads = single ? together : 1, .split = -1};
                 chunks_of(c, s, first, least(first + tokens, s->size), &whole);
                 const int32_t chunks = whole.to - whole.from;
-                for (whole.head = 0; whole.head < c->kv_heads; whole.head++) {
+                for (whole.head = 0; whole.head < c->kv_heads; whole.head += whole.heads) {
                     if (chunks <= each) {
                         team->tasks[count++] = whole;
                         continue;

@@ -252,10 +252,10 @@ INNER float IN(weigh)(float *scores, int32_t count, float top) {
 
 /* A block of rows' queries as what columns are multiplied by: [units, HALVES, ROWS]. */
 static TARGET void IN(pack)(
-    const struct Call *c, const struct Task *task, const struct Span *s, int32_t row, int32_t rows, Weight *q) {
+    const struct Call *c, const struct Task *task, const struct Span *s, int32_t kv_head, int32_t row, int32_t rows, Weight *q) {
     const int32_t g = group(c), weights = HALVES * (c->width >> PAIRED);
     for (int32_t r = 0; r < rows; r++) {
-        const int32_t token = s->first + task->first + (row + r) / g, head = task->head * g + (row + r) % g;
+        const int32_t token = s->first + task->first + (row + r) / g, head = kv_head * g + (row + r) % g;
         const char *from = c->q + (token * c->q_token + head * c->q_head) * element(c);
         for (int32_t i = 0; i < weights; i++) {
 #if HALVES == 2
@@ -285,10 +285,10 @@ static TARGET void IN(merge)(struct State to, struct State of, int32_t rows, int
 }
 
 static TARGET void IN(finish)(
-    const struct Call *c, const struct Task *task, const struct Span *s, struct State state, int32_t rows) {
+    const struct Call *c, const struct Task *task, const struct Span *s, int32_t kv_head, struct State state, int32_t rows) {
     const int32_t g = group(c), width = c->width;
     for (int32_t r = 0; r < rows; r++) {
-        const size_t token = s->first + task->first + r / g, head = task->head * g + r % g;
+        const size_t token = s->first + task->first + r / g, head = kv_head * g + r % g;
         char *to = c->out + (token * c->heads + head) * width * element(c);
         for (int32_t d = 0; d < width; d += LANES) {
             const Floats x = *(Floats *)(state.acc + (size_t)r * width + d) / state.sum[r];
@@ -304,86 +304,105 @@ static TARGET void IN(finish)(
     }
 }
 
+/* One chunk's tiles of keys and values and all rows of a head. */
+INNER void IN(attend_chunk)(
+    const struct Call *c, const struct Task *task, const struct Reach *here, char **keys, char **values, const char *queries,
+    struct State state, float *scores, struct Ahead *ahead, int32_t pace) {
+    const struct Span *s = c->spans + task->span;
+    const int32_t g = group(c), rows = (task->last - task->first) * g, width = c->width;
+    const int32_t blocks = parts(rows, ROWS), block_rows = parts(rows, blocks);
+    const size_t packed = line(4 * (size_t)width * ROWS);
+    for (int32_t b = 0; b < blocks; b++) {
+        const int32_t row = b * block_rows, its = least(block_rows, rows - row);
+        /* Tiles that any row of the block sees. */
+        const int32_t first = s->start + task->first + row / g, last = s->start + task->first + (row + its - 1) / g;
+        const int32_t from = c->window ? most(0, (first + 1 - c->window - here->begin) / TILE) : 0;
+        const int32_t to = least(here->tiles, parts(last + 1 - here->begin, TILE));
+        if (from >= to) {
+            for (int32_t r = row; r < row + its; r++) state.most[r] = -INFINITY, state.sum[r] = 0.0f;
+            memset(state.acc + (size_t)row * width, 0, 4 * (size_t)width * its);
+            continue;
+        }
+        ahead->pace = b ? 0 : pace;
+        IN(scores)(its, (const Weight *)(queries + packed * b), width >> PAIRED, keys + from, to - from, scores, ahead);
+        for (int32_t r = 0; r < its; r++) {
+            const int32_t at = s->start + task->first + (row + r) / g;
+            const int32_t since = c->window ? most(0, at + 1 - c->window) : 0;
+            float *mine = scores + r * CHUNK;
+            const int32_t count = (to - from) * TILE, base = here->begin + from * TILE;
+            const float top = c->softcap == 0.0f ? IN(scale)(c, 0, mine, count, base, since, at + 1)
+                                                 : IN(scale)(c, 1, mine, count, base, since, at + 1);
+            state.most[row + r] = top;
+            state.sum[row + r] = IN(weigh)(mine, count, top == -INFINITY ? 0.0f : top);
+        }
+        IN(sums)(its, (const Weight *)scores, values + from, to - from, width, state.acc + (size_t)row * width, ahead);
+    }
+}
+
+/* A tile of values of which only `count` tokens are seen, the others made zeroes: what is weighed by nought must be a number. */
+static void IN(cut)(const char *tile, int32_t count, int32_t width, char *to) {
+    const size_t unit = 4 * (size_t)width;
+    const int32_t whole = count >> PAIRED;
+    memcpy(to, tile, unit * whole);
+    memset(to + unit * whole, 0, unit * ((TILE >> PAIRED) - whole));
+    if (PAIRED && count % 2)
+        for (int32_t d = 0; d < width; d++) memcpy(to + unit * whole + 4 * d, tile + unit * whole + 4 * d, 2);
+}
+
 static TARGET void IN(attend)(
     const struct Call *c, const struct Task *task, const struct Task *next, struct Split *split, char *room) {
     const struct Span *s = c->spans + task->span;
     const int32_t g = group(c), rows = (task->last - task->first) * g, width = c->width;
     const int32_t blocks = parts(rows, ROWS), block_rows = parts(rows, blocks);
-    const int32_t units = width >> PAIRED;
-    const size_t packed = line(4 * (size_t)width * ROWS);
+    const size_t packed = line(4 * (size_t)width * ROWS), each = head_room(c, rows);
 
-    char *queries = room;
-    struct State so_far = state_in(room += packed * blocks, rows);
-    struct State of_chunk = state_in(room += state_bytes(rows, width), rows);
+    char *heads = room; /* of each its queries, then its state */
+    struct State of_chunk = state_in(room += each * task->heads, rows);
     float *scores = (float *)(room += state_bytes(rows, width));
     char *tail = room + line(4 * CHUNK * ROWS);
 
-    for (int32_t b = 0; b < blocks; b++) {
-        const int32_t row = b * block_rows;
-        IN(pack)(c, task, s, row, least(block_rows, rows - row), (Weight *)(queries + packed * b));
-    }
+    for (int32_t h = 0; h < task->heads; h++)
+        for (int32_t b = 0; b < blocks; b++) {
+            const int32_t row = b * block_rows;
+            IN(pack)(c, task, s, task->head + h, row, least(block_rows, rows - row), (Weight *)(heads + each * h + packed * b));
+        }
     for (int32_t chunk = task->from; chunk < task->to; chunk++) {
         struct Reach here;
         reach(c, task, chunk, &here);
-        const int32_t begin = here.begin, end = here.end, tiles = here.tiles;
-        char **keys = here.at, **values = here.at + tiles;
-        struct Ahead ahead = {.lines = TILE * width * element(c) / 64};
+        struct Ahead ahead = {.lines = TILE * width * element(c) / 64, .head_bytes = head_bytes(c)};
         const int last = chunk + 1 == task->to;
         if (!last || next) reach(c, last ? next : task, last ? next->from : chunk + 1, &ahead.next);
-        ahead.pace = 256 * ahead.next.tiles / tiles;
-        const int32_t rest = (end - begin) % TILE;
-        if (rest) {
-            /* What is weighed by nought must be a number. */
-            memcpy(tail, values[tiles - 1], 4 * (size_t)width * (rest >> PAIRED));
-            memset(tail + 4 * (size_t)width * (rest >> PAIRED), 0, 4 * (size_t)width * ((TILE >> PAIRED) - (rest >> PAIRED)));
-            if (PAIRED && rest % 2) {
-                const uint32_t *from = (const uint32_t *)values[tiles - 1] + (size_t)width * (rest / 2);
-                uint32_t *to = (uint32_t *)tail + (size_t)width * (rest / 2);
-                for (int32_t d = 0; d < width; d++) to[d] = from[d] & 0xffff;
+        const int32_t pace = 256 * ahead.next.tiles * ahead.next.heads / (here.tiles * task->heads);
+        for (int32_t h = 0; h < task->heads; h++) {
+            char *keys[2 * CHUNK_TILES], **values = keys + here.tiles;
+            for (int32_t t = 0; t < 2 * here.tiles; t++) keys[t] = here.at[t] + h * ahead.head_bytes;
+            const int32_t rest = (here.end - here.begin) % TILE;
+            if (rest) {
+                IN(cut)(values[here.tiles - 1], rest, width, tail);
+                values[here.tiles - 1] = tail;
             }
-            values[tiles - 1] = tail;
-        }
-        struct State state = of_chunk;
-        if (split) {
-            state = state_in(split->states + (chunk - split->from) * state_bytes(rows, width), rows);
-        } else if (chunk == task->from) {
-            state = so_far;
-        }
-        for (int32_t b = 0; b < blocks; b++) {
-            const int32_t row = b * block_rows, its = least(block_rows, rows - row);
-            /* Tiles that any row of the block sees. */
-            const int32_t first = s->start + task->first + row / g, last = s->start + task->first + (row + its - 1) / g;
-            const int32_t from = c->window ? most(0, (most(0, first + 1 - c->window) - begin) / TILE) : 0;
-            const int32_t to = least(tiles, parts(last + 1 - begin, TILE));
-            if (from >= to) {
-                for (int32_t r = row; r < row + its; r++) state.most[r] = -INFINITY, state.sum[r] = 0.0f;
-                memset(state.acc + (size_t)row * width, 0, 4 * (size_t)width * its);
-                continue;
+            const char *queries = heads + each * h;
+            const struct State so_far = state_in(heads + each * h + packed * blocks, rows);
+            struct State state = of_chunk;
+            if (split) {
+                state = state_in(split->states + (chunk - split->from) * state_bytes(rows, width), rows);
+            } else if (chunk == task->from) {
+                state = so_far;
             }
-            if (b) ahead.pace = 0;
-            IN(scores)(its, (const Weight *)(queries + packed * b), units, keys + from, to - from, scores, &ahead);
-            for (int32_t r = 0; r < its; r++) {
-                const int32_t at = s->start + task->first + (row + r) / g;
-                const int32_t since = c->window ? most(0, at + 1 - c->window) : 0;
-                float *mine = scores + r * CHUNK;
-                const int32_t count = (to - from) * TILE, base = begin + from * TILE;
-                const float top = c->softcap == 0.0f ? IN(scale)(c, 0, mine, count, base, since, at + 1)
-                                                     : IN(scale)(c, 1, mine, count, base, since, at + 1);
-                state.most[row + r] = top;
-                state.sum[row + r] = IN(weigh)(mine, count, top == -INFINITY ? 0.0f : top);
-            }
-            IN(sums)(its, (const Weight *)scores, values + from, to - from, width, state.acc + (size_t)row * width,
-                     &ahead);
+            IN(attend_chunk)(c, task, &here, keys, values, queries, state, scores, &ahead, pace);
+            if (!split && chunk > task->from) IN(merge)(so_far, of_chunk, rows, width);
         }
-        if (!split && chunk > task->from) IN(merge)(so_far, of_chunk, rows, width);
     }
     if (split) {
         if (atomic_fetch_sub(&split->left, 1) > 1) return;
-        so_far = state_in(split->states, rows);
+        const struct State so_far = state_in(split->states, rows);
         for (int32_t chunk = split->from + 1; chunk < split->to; chunk++)
             IN(merge)(so_far, state_in(split->states + (chunk - split->from) * state_bytes(rows, width), rows), rows, width);
+        IN(finish)(c, task, s, task->head, so_far, rows);
+        return;
     }
-    IN(finish)(c, task, s, so_far, rows);
+    for (int32_t h = 0; h < task->heads; h++)
+        IN(finish)(c, task, s, task->head + h, state_in(heads + each * h + packed * blocks, rows), rows);
 }
 
 #undef INNER

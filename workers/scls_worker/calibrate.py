@@ -199,8 +199,13 @@ def at_start(runner: Runner, info: common.WorkerInfo, models: Callable[[], cost.
     began = time.perf_counter()
     try:
         bench = Bench(runner, info)
-        for _ in range(LOOKS):
-            model, samples = fitted(bench, START, models())
+        for look in range(1, LOOKS + 1):
+            try:
+                model, samples = fitted(bench, START, models())
+            except ValueError:  # a stall took the time of most points
+                if look == LOOKS:
+                    raise
+                continue
             announced = cost.message(model.to_dict())
             if announced.p99_error <= TRUSTED:
                 break

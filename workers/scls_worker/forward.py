@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .attention import Span
-from .native import DTYPES, LEVELS, Native, NativePass
+from .native import DTYPES, LEVELS, Native, NativePass, zeros
 
 LONGEST_TRIED = 48  # tokens
 PANEL = 32  # outputs of a product whose weights lie together
@@ -126,6 +126,10 @@ class Forward:
         tables = sorted(set(kinds), key=str)
         if len(tables) > 2:
             raise Unreadable("more than two rotary embeddings")
+        # All weights one behind the other, in large pages: a step reads them all.
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        room = sum((one.out_features + PANEL) * one.in_features + PANEL for one in linears)
+        self.packed, self.used = zeros((room,), self.dtype), 0
         self.layers = (_Layer * len(body.layers))()
         for at, layer in enumerate(body.layers):
             self._read(self.layers[at], layer, at, tables.index(kinds[at]))
@@ -212,10 +216,12 @@ class Forward:
         n, k = weight.shape
         if k % 2:
             raise Unreadable(f"a product over {k} numbers")
-        packed = torch.empty(-(-n // PANEL) * PANEL * k, dtype=self.dtype)
+        count = -(-n // PANEL) * PANEL * k
+        packed = self.packed[self.used : self.used + count]
+        self.used += -(-count // PANEL) * PANEL
         weight = weight.contiguous()
         self.pack(weight.data_ptr(), packed.data_ptr(), n, k, DTYPES[self.dtype])
-        return _Linear(weights=self._keep(packed), bias=None if bias is None else self._keep(bias), n=n, k=k)
+        return _Linear(weights=packed.data_ptr(), bias=None if bias is None else self._keep(bias), n=n, k=k)
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.contiguous()

@@ -339,3 +339,19 @@ def test_on_a_real_model_and_it_serves_alike_afterwards(tmp_path: Path, padded: 
     calibrate.at_start(served.runner, served.info, lambda: fake)
     assert len(fake.samples) == len(calibrate.grid(served.info, START))
     assert served.info.HasField("cost_model") and output() == before
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_a_look_that_a_stall_took_is_repeated() -> None:
+    class Stalled(FakeModels):
+        looks = 0
+
+        def fit(self, samples: list[cost.Sample], layout: str) -> FakeModel:
+            self.looks += 1
+            if self.looks < 3:
+                raise ValueError("0 samples of prefill")
+            return super().fit(samples, layout)
+
+    info, stalled = make_info(blocks=2000, max_context=2000), Stalled()
+    calibrate.at_start(MockRunner(1000), info, lambda: stalled)
+    assert info.HasField("cost_model") and stalled.looks == 3
