@@ -94,6 +94,12 @@ def test_two_hundred_concurrent_streams_of_mixed_lengths(pair: tuple[Router, lis
     router.wait_drained()
 
 
+def anticipated(decision: dict[str, Any], new_tokens: int) -> int:
+    """1 + arrivals a second x seconds of prefill a token x new tokens, in units of 2^-32."""
+    arrivals, prefill = round(decision["arrivals_per_s"] * 2**20), round(decision["prefill_s_per_token"] * 2**40)
+    return (1 << 32) + (arrivals * prefill * new_tokens >> 20 + 40 - 32)
+
+
 def test_every_decision_recomputes(pair: tuple[Router, list[RustMock]]) -> None:
     router, _ = pair
     for i in range(20):
@@ -103,7 +109,10 @@ def test_every_decision_recomputes(pair: tuple[Router, list[RustMock]]) -> None:
     for decision in decisions:
         assert decision["recomputed"] == decision["worker"]
         # and by hand, from the record alone
-        scores = [(c["queued_tokens"] + c["new_tokens"]) * (c["batch_size"] + 1) for c in decision["candidates"]]
+        scores = [
+            (c["queued_tokens"] + c["new_tokens"]) * (c["batch_size"] + 1) * anticipated(decision, c["new_tokens"])
+            for c in decision["candidates"]
+        ]
         assert [int(c["score"]) for c in decision["candidates"]] == scores
         chosen = next(c for c in decision["candidates"] if c["worker"] == decision["worker"])
         assert int(chosen["score"]) == min(scores)
