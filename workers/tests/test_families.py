@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 model_ = pytest.importorskip("scls_worker.model")
 attention = pytest.importorskip("scls_worker.attention")
 rectangle = pytest.importorskip("scls_worker.rectangle")
+native = pytest.importorskip("scls_worker.native")
 
 LIST, NONE = pb.Plan.KEEP_LIST, pb.Plan.KEEP_NONE
 TOKENS = 256  # that a pool holds
@@ -106,6 +107,10 @@ PATHS = [(name, *how) for name in FAMILIES for how in ((4, True), (16, True), (1
 
 @pytest.fixture(params=PATHS, ids=lambda path: f"{path[0]}-{path[1]}{'-eager' if path[2] else ''}")
 def family(request: pytest.FixtureRequest, family_of: Any) -> Family:
+    _, _, eager = request.param
+    kernel = native.kernel()
+    if not eager and (kernel is None or kernel.level < native.LEVELS.index("avx512")):
+        pytest.skip("the whole forward needs AVX-512 and the C extension")
     made: Family = family_of(*request.param)
     return made
 
