@@ -97,7 +97,7 @@ def refusal(device: torch.device, dtype: torch.dtype, block_size: int, width: in
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """In large pages where the system gives them: reading KV is a fifth faster."""
+    """In large pages where the system gives them: what is read whole, step after step, is read faster."""
     pool = torch.empty(tuple(shape), dtype=dtype)
     loaded = kernel()
     if loaded is not None:
