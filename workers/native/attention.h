@@ -14,7 +14,7 @@ struct Span {
     int32_t table;       /* its first block among all tables */
 };
 
-/* The same in attention.py: pointers first, then 32 bits each. */
+/* The same in native.py: pointers first, then 32 bits each. */
 struct Call {
     char *keys, *values;             /* the layer's pools */
     const char *q, *k, *v;           /* [T, heads, D] by strides, D dense */

@@ -2,7 +2,7 @@
 call an iteration.
 
 Which weights a family has and where its norms stand is read from the loaded modules; whether that was read rightly is not
-believed but tried: `agrees` holds it against the family's own forward before anything is served. What cannot be read
+believed but tried: `disagreement` holds it against the family's own forward before anything is served. What cannot be read
 (experts, layers of another make) keeps to transformers' code, with the same attention.
 """
 
@@ -157,7 +157,6 @@ class Forward:
             dtype=DTYPES[self.dtype],
             level=native.level,
             block_size=native.block_size,
-            threads=torch.get_num_threads(),
             eps=config.rms_norm_eps,
             scaling=first.scaling,
             softcap=getattr(first, "attn_logit_softcapping", None) or 0.0,
@@ -239,7 +238,7 @@ class Forward:
 
     def disagreement(self, logits_of: Callable[[NDArray[np.uint32], NativePass, Sequence[int]], Tensor]) -> float:
         """The largest difference of a logit from those of transformers' code, over their standard deviation: of two prompts
-        in one pass, long enough for a window to close where there is one, and of a token after each.
+        in one pass and of a token after each. A window longer than the prompts is not tried.
         """
         size = self.native.block_size
         room = len(self.native.pools[0][0]) // size // 2
@@ -285,6 +284,7 @@ class Forward:
             self._make_room(max(here.tokens, 2 * self.room))
         ends = array("q", [here.lasts[at] for at in drawing])
         logits = torch.empty(len(ends), self.decoder.head.n)
+        self.decoder.threads = here.threads
         call = self.call
         call.ids, call.tokens = ids.ctypes.data, here.tokens
         call.spans, call.count = here.spans.buffer_info()[0], len(here.order)
