@@ -4,8 +4,9 @@
 it changes between two iterations. Does not know sockets, threads, text or tensors: sessions and the runner are given.
 """
 
+import ctypes
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from scls_router.proto import common_pb2 as common
@@ -22,13 +23,41 @@ from .rows import Batch, Chunk, Drawn, Row, RowKey
 log = logging.getLogger(__name__)
 
 LEASE_US = 10_000_000
+# How seldom tokens may be told while nothing else is to be done: a reader sees a text move no more often.
+TOLD_US = 33_000
 
 
 class Runner(Protocol):
     """The model. One call is one forward pass over all chunks; returns what each chunk that draws has drawn, in
-    order."""
+    order.
+
+    A runner may also have `burst(chunks, most, interrupt)`, for chunks of one token each that all draw: up to `most` passes,
+    each fed with what the last one drew, with a list of tokens of each. It ends early, but not before the first pass, when a
+    message came (`interrupt`), or when a row drew one of its stops; a device that hears of a draw later may go on, and what a
+    row drew behind its end counts for nothing. All its rows are `plain`.
+    """
 
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]: ...
+
+
+class Interrupt:
+    """Whether somebody wants the engine's ear. Any thread may set it; `at` is where native code reads it."""
+
+    def __init__(self) -> None:
+        self._word = ctypes.c_int32(0)
+        self.at = ctypes.addressof(self._word)
+
+    def set(self) -> None:
+        self._word.value = 1
+
+    def clear(self) -> None:
+        self._word.value = 0
+
+    def __bool__(self) -> bool:
+        return self._word.value != 0
+
+
+Burst = Callable[[Sequence[Chunk], int, Interrupt], Sequence[Sequence[int]]]
 
 
 class Engine:
@@ -46,6 +75,9 @@ class Engine:
         self.ended: set[RowKey] = set()  # rows that ended since the last start: a plan may name them still
         self.standing: Plan | None = None
         self.iterations = 0
+        self.interrupt = Interrupt()
+        self.burst: Burst | None = getattr(runner, "burst", None)
+        self.step_us = TOLD_US  # of the last decode iteration
         self.batch_ended_us: int | None = None
         self.device_idle_since_us: int | None = None
 
@@ -56,36 +88,56 @@ class Engine:
         return self.batch is not None and self.owner.listens
 
     def step(self) -> None:
-        """One iteration of the running batch, and the batch's end if this was the last."""
+        """One iteration of the running batch, or several in one go where nothing can happen between them, and the batch's
+        end if this was the last.
+        """
         batch = self.batch
         assert batch is not None
         began_us = self.clock()
         if batch.iterations == 0 and self.device_idle_since_us is not None:
             batch.idle_us = began_us - self.device_idle_since_us
         prefills = any(row.wants_prefill for row in batch.live)
+        most = 1 if prefills else self._most(batch)
         try:
-            chunks = self.layout.chunks(batch, self.rows.values())
+            chunks = self.layout.chunks(batch, self.rows.values(), most)
             batch.peak_blocks = max(batch.peak_blocks, self.pool.running)
-            drawn = self.runner.run(chunks)
-            if len(drawn) != sum(chunk.draws for chunk in chunks):
-                raise RuntimeError("the runner drew another number of tokens than asked")
+            if self.burst and most > 1:
+                passes = self.burst(chunks, most, self.interrupt)
+                told = self._follow(batch, chunks, passes)
+                count = len(passes)
+            else:
+                told = self._advance(batch, chunks, self.runner.run(chunks))
+                count = 1
         except Exception as error:
             log.exception("batch failed: %s", batch.number)
             self._fail(batch, error)
             return
-        told = self._advance(batch, chunks, drawn)
-        batch.iterations += 1
-        self.iterations += 1
+        batch.iterations += count
+        self.iterations += count
         self.device_idle_since_us = self.clock()
+        took_us = self.device_idle_since_us - began_us
         if prefills:
-            batch.prefill_us += self.device_idle_since_us - began_us
+            batch.prefill_us += took_us
         else:
-            batch.decode_us += self.device_idle_since_us - began_us
+            batch.decode_us += took_us
+            self.step_us = took_us // count
         self._send_step(batch, told)
         self._end_if_due()
 
-    def _advance(self, batch: Batch, chunks: Sequence[Chunk], drawn: Iterable[Drawn]) -> list[pb.RowTokens]:
+    def _most(self, batch: Batch) -> int:
+        """Iterations that may pass before anybody is told: no row can reach its limit before the last of them."""
+        if self.burst is None or 2 * self.step_us > TOLD_US:
+            return 1
+        left = batch.steps if batch.cut_at is None else min(batch.steps, batch.cut_at)
+        most = min(left - batch.iterations, TOLD_US // max(1, self.step_us))
+        if most < 2 or not all(row.plain for row in batch.live):
+            return 1
+        return min(most, min(row.max_tokens - row.output_len for row in batch.live))
+
+    def _advance(self, batch: Batch, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> list[pb.RowTokens]:
         """Writes down what the pass computed and drew; rows that ended leave."""
+        if len(drawn) != sum(chunk.draws for chunk in chunks):
+            raise RuntimeError("the runner drew another number of tokens than asked")
         rest = iter(drawn)
         told = []
         for row, _, size, draws in chunks:
@@ -107,6 +159,34 @@ class Engine:
             elif row.output_len == row.max_tokens:
                 self._finish(row, common.FINISH_REASON_LENGTH)
             told.append(reports.row_tokens(row, one))
+        batch.live = [row for row in batch.live if not row.finish]
+        return told
+
+    def _follow(self, batch: Batch, chunks: Sequence[Chunk], passes: Sequence[Sequence[int]]) -> list[pb.RowTokens]:
+        """Writes down a burst: of every chunk one token in each pass."""
+        if not passes or any(len(drawn) != len(chunks) for drawn in passes):
+            raise RuntimeError("the runner drew another number of tokens than asked")
+        told = []
+        for chunk, drawn in zip(chunks, zip(*passes, strict=True), strict=True):
+            row, first = chunk.row, chunk.row.output_len
+            row.settle(self.pool)
+            stop = next((i for i, token in enumerate(drawn) if token in row.stops), None)
+            if stop is not None:
+                drawn = drawn[: stop + 1]
+            count = len(drawn)
+            row.tokens[row.known : row.known + count] = drawn
+            row.known += count
+            row.emitted += count
+            row.computed += count
+            row.ran += count
+            # What became full on the way is named now: there is no next iteration that would, if the row ends.
+            row.grow(self.pool, row.computed)
+            row.settle(self.pool)
+            if stop is not None:
+                self._finish(row, common.FINISH_REASON_STOP)
+            elif row.output_len == row.max_tokens:
+                self._finish(row, common.FINISH_REASON_LENGTH)
+            told.append(reports.row_burst(row, first, drawn))
         batch.live = [row for row in batch.live if not row.finish]
         return told
 

@@ -18,8 +18,10 @@ class Layout(Protocol):
     def ceilings(self, rows: Sequence[Row], steps: int) -> list[int]:
         """Most blocks that each row of a batch can need."""
 
-    def chunks(self, batch: Batch, known: Iterable[Row]) -> list[Chunk]:
-        """What the next iteration computes, with blocks for it. `known` are all rows the worker knows."""
+    def chunks(self, batch: Batch, known: Iterable[Row], most: int = 1) -> list[Chunk]:
+        """What the next iteration computes, with blocks for it and for those that follow it in one go, `most` in all.
+        `known` are all rows the worker knows.
+        """
 
     def forget(self) -> None:
         """What the last iteration should have computed it did not."""
@@ -42,7 +44,7 @@ class Paged:
     def ceilings(self, rows: Sequence[Row], steps: int) -> list[int]:
         return [self.pool.blocks_for(row.positions_after(steps)) for row in rows]
 
-    def chunks(self, batch: Batch, known: Iterable[Row]) -> list[Chunk]:
+    def chunks(self, batch: Batch, known: Iterable[Row], most: int = 1) -> list[Chunk]:
         """Rows share the chunk budget in order. A row's own holds only beside rows that decode: they wait for it."""
         budget = self.chunk_tokens
         decodes = any(not row.wants_prefill for row in batch.live)
@@ -58,8 +60,9 @@ class Paged:
                 if decodes and row.prefill_budget:
                     size = min(size, row.prefill_budget)
                 budget -= size
-            self._make_room(self.pool.blocks_for(row.computed + size) - len(row.blocks), known)
-            self.fresh += row.grow(self.pool, row.computed + size)
+            until = row.computed + size
+            self._make_room(self.pool.blocks_for(until + most - 1) - len(row.blocks), known)
+            self.fresh += row.grow(self.pool, until, most - 1)
             chunks.append(Chunk(row, row.computed, size, draws=size == row.uncomputed))
         return chunks
 
@@ -90,7 +93,7 @@ class Padded:
         width = max((row.positions_after(steps) for row in rows), default=0)
         return [self.pool.blocks_for(width)] * len(rows)
 
-    def chunks(self, batch: Batch, known: Iterable[Row]) -> list[Chunk]:
+    def chunks(self, batch: Batch, known: Iterable[Row], most: int = 1) -> list[Chunk]:
         """First all prompts in one pass, then a token of each row. Rows that ended compute their last one again."""
         if batch.iterations == 0:
             batch.rectangle = list(batch.live)

@@ -35,18 +35,22 @@ class EngineThread:
         return self._inbox.qsize()
 
     def handle(self, session: Session, message: pb.RouterMessage) -> None:
-        self._inbox.put(lambda: self._handle(session, message))
+        self._put(lambda: self._handle(session, message))
 
     def closed(self, session: Session) -> None:
-        self._inbox.put(lambda: self._engine.closed(session))
+        self._put(lambda: self._engine.closed(session))
 
     def wake(self) -> None:
         """A session has room again."""
-        self._inbox.put(lambda: None)
+        self._put(lambda: None)
 
     def stop(self) -> None:
         """Ends the thread after the present iteration, with a goodbye to the owner."""
-        self._inbox.put(self._stop)
+        self._put(self._stop)
+
+    def _put(self, said: Callable[[], None]) -> None:
+        self._inbox.put(said)
+        self._engine.interrupt.set()
 
     def _handle(self, session: Session, message: pb.RouterMessage) -> None:
         try:
@@ -76,6 +80,7 @@ class EngineThread:
 
     def _take_messages(self) -> None:
         """All that have come. Waits for one if there is nothing to run, but not past the lease."""
+        self._engine.interrupt.clear()  # before it looks: what comes meanwhile sets it again
         try:
             if self._engine.ready:
                 self._inbox.get_nowait()()

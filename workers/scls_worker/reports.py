@@ -57,6 +57,11 @@ def row_tokens(row: Row, drawn: Drawn | None) -> pb.RowTokens:
     return tokens
 
 
+def row_burst(row: Row, first: int, drawn: Sequence[int]) -> pb.RowTokens:
+    """The tokens that a row, which decodes, drew from index `first` of its output on."""
+    return pb.RowTokens(row=row.key.id(), first_index=first, ids=drawn, finish=row.finish)
+
+
 def row_report(row: Row) -> pb.RowReport:
     done = row.finish != common.FINISH_REASON_UNSPECIFIED
     return pb.RowReport(

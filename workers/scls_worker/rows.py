@@ -50,6 +50,13 @@ class Draw:
     def penalises(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def plain(self) -> bool:
+        """The token is a function of logits, temperature, seed and place, and nothing is told beside it."""
+        filters = self.temperature > 0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+        told = self.logprobs is not None
+        return not (filters or told or self.penalises or self.logit_bias or self.min_tokens)
+
 
 class Drawn(NamedTuple):
     token: int
@@ -90,6 +97,10 @@ class Row:
     ran: int = 0
     found: int = 0
     emitted: int = 0
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = self.draw.plain and not self.min_tokens
 
     @property
     def output_len(self) -> int:
@@ -140,13 +151,14 @@ class Row:
         if self.cached_prompt is not None:
             self.cached_prompt = min(self.cached_prompt + tokens, self.prompt_len)
 
-    def grow(self, pool: KvPool, positions: int) -> list[int]:
-        """Takes blocks up to `positions` and names those that become full. Returns the blocks named now.
+    def grow(self, pool: KvPool, positions: int, ahead: int = 0) -> list[int]:
+        """Takes blocks up to `positions`, and `ahead` more, and names those that become full at `positions`, whose tokens are
+        known. Returns the blocks named now.
 
         They are named before they are computed, so that a later row of the same iteration finds them: a pass writes all
         KV of a layer before it reads any.
         """
-        while len(self.blocks) * pool.block_size < positions:
+        while len(self.blocks) * pool.block_size < positions + ahead:
             self.blocks.append(pool.take())
             self.promised -= 1
         fresh = []
@@ -222,8 +234,8 @@ class Row:
 
 
 class Chunk(NamedTuple):
-    """What one row computes in one iteration: `size` tokens from position `start`. If nothing is left then, it
-    draws one."""
+    """What one row computes in one iteration: `size` tokens from position `start`. If nothing is left then, it draws one; in a
+    burst it goes on with that."""
 
     row: Row
     start: int
