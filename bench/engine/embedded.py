@@ -185,7 +185,7 @@ class Driver:
                 "starts_s": self.starts,
                 "cached": self.cached,
                 "forecasts": [
-                    [(record.outcome.band.lo + record.outcome.band.hi) / 2, record.outcome.time, record.outcome.steps]
+                    [record.outcome.expected, record.outcome.time, record.outcome.steps]
                     for record in self.scheduler.batches()
                     if record.outcome and record.outcome.steps
                 ],
