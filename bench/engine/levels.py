@@ -48,7 +48,8 @@ def compare(contest: Contest, seconds: float) -> dict[str, Any]:
         return statistics.median(map(of, turns[0])) / statistics.median(map(of, turns[1]))
 
     starts = [start for turn in alone[0] for start in turn.more["starts_s"]]
-    missed = errors([*full[0], *served[0], *alone[0]])
+    seen = [*full[0], *served[0], *alone[0]]
+    missed, parts = errors(seen, whole=True), errors(seen, whole=False)
     rows = [
         line("a full queue, served", MODES, full),
         line("70 %, served", MODES, served),
@@ -59,7 +60,7 @@ def compare(contest: Contest, seconds: float) -> dict[str, Any]:
         "levels": [row for part in rows for row in part],
         "capacity_requests_per_s": short(capacity),
         "slice_start_ms": summary([1e3 * start for start in starts]),
-        "forecast_error": summary(missed),
+        "forecast_error": {"whole": summary(missed), "cut": summary(parts)},
         "goals": [
             goal("throughput of S = 128 over S = 16, a queue waiting", rate(lengths[1]) / rate(lengths[0]), ">=", 0.97),
             goal("error of a whole slice's time, mean", statistics.fmean(missed), "<=", 0.06),
@@ -102,9 +103,12 @@ def rate(turns: Sequence[Played]) -> float:
     return statistics.median(turn.rate for turn in turns)
 
 
-def errors(turns: Sequence[Played]) -> list[float]:
-    """Of forecasts made before a slice began: how far its time was off."""
-    return [abs(took / foreseen - 1) for turn in turns for foreseen, took, _ in turn.more["forecasts"] if foreseen]
+def errors(turns: Sequence[Played], whole: bool) -> list[float]:
+    """How far the time of slices was off what was expected before they ran: of those that ran to their ends, or of those that
+    were cut, for as many iterations as they had.
+    """
+    forecasts = [forecast for turn in turns for forecast in turn.more["forecasts"]]
+    return [abs(took / foreseen - 1) for foreseen, took, ran_out in forecasts if foreseen and ran_out is whole]
 
 
 def line(what: str, names: Sequence[Any], turns: Sequence[Sequence[Played]]) -> list[dict[str, Any]]:
@@ -121,6 +125,8 @@ def line(what: str, names: Sequence[Any], turns: Sequence[Sequence[Played]]) -> 
 
 
 def summary(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"count": 0}
     named = {"mean": statistics.fmean(values), "median": statistics.median(values), "p99": quantile(values, 0.99)}
     return {name: short(value) for name, value in named.items()} | {"count": len(values)}
 
