@@ -23,9 +23,6 @@
 
 #include "attention.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -153,70 +150,10 @@ ALWAYS size_t head_room(const struct Call *c, int32_t rows) {
 
 typedef void Attend(const struct Call *, const struct Task *, const struct Task *next, struct Split *, char *room);
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
+#define LEVEL "attend.h"
+#include "levels.h"
 
-#define TARGET
-#define LANES 4
-#define COLUMNS 2
-#define HALVES 1
-#define IN(name) JOIN(name, _plain_f32)
-#include "level.h"
-#define HALVES 2
-#define IN(name) JOIN(name, _plain_bf16)
-#include "level.h"
-#undef TARGET
-#undef LANES
-#undef COLUMNS
-
-#if defined(__x86_64__)
-#define TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#define COLUMNS 2
-#define HALVES 1
-#define IN(name) JOIN(name, _avx2_f32)
-#include "level.h"
-#define HALVES 2
-#define IN(name) JOIN(name, _avx2_bf16)
-#include "level.h"
-#undef TARGET
-#undef LANES
-#undef COLUMNS
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define LANES 16
-#define COLUMNS 4
-#define HALVES 1
-#define IN(name) JOIN(name, _avx512_f32)
-#include "level.h"
-#undef COLUMNS
-#define COLUMNS 2
-#define HALVES 2
-#define IN(name) JOIN(name, _avx512_bf16)
-#include "level.h"
-#undef TARGET
-#undef COLUMNS
-
-#define TARGET __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define COLUMNS 4
-#define DOTS
-#define HALVES 1
-#define IN(name) JOIN(name, _dots_bf16)
-#include "level.h"
-#undef DOTS
-#undef TARGET
-#undef LANES
-#undef COLUMNS
-#endif
-
-static Attend *const attends[LEVELS][2] = {
-    [PLAIN] = {attend_plain_f32, attend_plain_bf16},
-#if defined(__x86_64__)
-    [AVX2] = {attend_avx2_f32, attend_avx2_bf16},
-    [AVX512] = {attend_avx512_f32, attend_avx512_bf16},
-    [AVX512_BF16] = {attend_avx512_f32, attend_dots_bf16},
-#endif
-};
+static Attend *const attends[LEVELS][2] = OF_LEVELS(attend);
 
 /* The best level of this machine. */
 EXPORT int32_t scls_attention_level(void) {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .attention import Span
 from .mock import splitmix64
-from .native import DTYPES, LEVELS, Native, NativePass, zeros
+from .native import DTYPES, Native, NativePass, zeros
 from .rows import Row
 
 LONGEST_TRIED = 48  # tokens
@@ -124,9 +124,6 @@ class Forward:
     def __init__(self, model: Any, native: Native, max_context: int) -> None:
         config = model.config.get_text_config()
         kernel = native.kernel
-        least = LEVELS.index("avx512_bf16" if model.dtype is torch.bfloat16 else "avx512")
-        if native.level < least:
-            raise Unreadable(f"no {LEVELS[least]} here")
         if config.model_type not in NORMS:
             raise Unreadable(f"{config.model_type} has layers of its own")
         kernel.library.scls_forward_sizes.restype = c_int64

@@ -54,8 +54,9 @@ class Kernel:
         self.large_pages.argtypes, self.large_pages.restype = (c_void_p, c_int64), None
         self.parallel, self.barrier = (address_in_torch(name) for name in ("GOMP_parallel", "GOMP_barrier"))
 
-    def name(self, dtype: torch.dtype) -> str:
-        level = min(self.level, LEVELS.index("avx512")) if dtype is torch.float32 else self.level
+    def name(self, dtype: torch.dtype, level: int) -> str:
+        if dtype is torch.float32:
+            level = min(level, LEVELS.index("avx512"))
         return f"native {LEVELS[level]}" + ("" if self.parallel and self.barrier else ", one thread")
 
 
@@ -116,7 +117,7 @@ class Native:
         self.addresses = [(keys.data_ptr(), values.data_ptr()) for keys, values in pools]
         _, self.kv_heads, self.width = pools[0][0].shape
         self.dtype = pools[0][0].dtype
-        self.name = loaded.name(self.dtype)
+        self.name = loaded.name(self.dtype, self.level)
         self._room = torch.empty(0, dtype=torch.uint8)
 
     def lay(self, spans: Sequence[Span]) -> "NativePass":

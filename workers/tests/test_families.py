@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_families
+from native_levels import LEVELS, machine_at
 from scls_router.proto import worker_pb2 as pb
 from scls_worker.errors import StartupError
 from scls_worker.folder import FAMILIES, check_family
@@ -24,7 +25,6 @@ transformers = pytest.importorskip("transformers")
 model_ = pytest.importorskip("scls_worker.model")
 attention = pytest.importorskip("scls_worker.attention")
 rectangle = pytest.importorskip("scls_worker.rectangle")
-native = pytest.importorskip("scls_worker.native")
 
 LIST, NONE = pb.Plan.KEEP_LIST, pb.Plan.KEEP_NONE
 TOKENS = 256  # that a pool holds
@@ -39,8 +39,8 @@ def options(folder: Path, *more: str) -> argparse.Namespace:
 class Family:
     """One model twice: in our runner, and in transformers with its own attention and cache."""
 
-    def __init__(self, folder: Path, block: int = 4, eager: bool = True) -> None:
-        self.folder, self.block, self.eager = folder, block, eager
+    def __init__(self, folder: Path, block: int = 4, level: str | None = None) -> None:
+        self.folder, self.block, self.level = folder, block, level  # of the whole forward; None: transformers' own
         self.weights = model_.load(folder, "cpu", "float32")
         # Eager: SDPA knows no soft cap, and a reference should be simple.
         self.plain = transformers.AutoModelForCausalLM.from_pretrained(
@@ -60,9 +60,11 @@ class Family:
         )
 
     def runner(self, padded: bool = False) -> Any:
-        runner = model_.ModelRunner(self.weights, TOKENS // self.block, self.block, padded, self.eager)
+        eager = self.level is None
+        with machine_at(self.level or LEVELS[-1]):
+            runner = model_.ModelRunner(self.weights, TOKENS // self.block, self.block, padded, eager)
         assert padded or (runner.native is not None) is (self.block == 16)
-        assert (runner.forward is not None) is (not padded and not self.eager)
+        assert (runner.forward is not None) is (not padded and not eager)
         return runner
 
     def check(self, router: Router, *rows: pb.RowStart) -> None:
@@ -95,22 +97,19 @@ def family_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
 
     @lru_cache
-    def make(name: str, block: int = 4, eager: bool = True) -> Family:
-        return Family(tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=1), block, eager)
+    def make(name: str, block: int = 4, level: str | None = None) -> Family:
+        return Family(tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=1), block, level)
 
     return make
 
 
-# Blocks of 4 go through SDPA, blocks of 16 through the kernel's attention, or its whole forward.
-PATHS = [(name, *how) for name in FAMILIES for how in ((4, True), (16, True), (16, False)) if how[1] or name in NORMS]
+# Blocks of 4 go through SDPA, blocks of 16 through the kernel's attention, or its whole forward at some level.
+PATHS = [(name, *how) for name in FAMILIES for how in ((4, None), (16, None))]
+PATHS += [(name, 16, level) for name in FAMILIES if name in NORMS for level in LEVELS[:3]]
 
 
-@pytest.fixture(params=PATHS, ids=lambda path: f"{path[0]}-{path[1]}{'-eager' if path[2] else ''}")
+@pytest.fixture(params=PATHS, ids=lambda path: "-".join(map(str, path)))
 def family(request: pytest.FixtureRequest, family_of: Any) -> Family:
-    _, _, eager = request.param
-    kernel = native.kernel()
-    if not eager and (kernel is None or kernel.level < native.LEVELS.index("avx512")):
-        pytest.skip("the whole forward needs AVX-512 and the C extension")
     made: Family = family_of(*request.param)
     return made
 

@@ -10,31 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_families
+from native_levels import LEVELS, PATHS, machine_at
 from scls_worker.attention import Span
 
 torch = pytest.importorskip("torch")
 model_ = pytest.importorskip("scls_worker.model")
 forward = pytest.importorskip("scls_worker.forward")
-native = pytest.importorskip("scls_worker.native")
 
 BLOCKS, BLOCK = 48, 16
-DTYPES = ("float32", "bfloat16")
-LEAST = {"float32": "avx512", "bfloat16": "avx512_bf16"}
-
-
-def needs(dtype: str) -> None:
-    kernel = native.kernel()
-    level = native.LEVELS[kernel.level] if kernel else "no C extension"
-    if kernel is None or kernel.level < native.LEVELS.index(LEAST[dtype]):
-        pytest.skip(f"the forward needs {LEAST[dtype]}, here is {level}")
 
 
 @pytest.fixture(scope="module")
 def runner_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @lru_cache
-    def make(name: str, dtype: str, eager: bool = False) -> Any:
+    def make(name: str, dtype: str, level: str = LEVELS[-1], eager: bool = False) -> Any:
+        with machine_at(level):
+            return model_.ModelRunner(weights(name, dtype), BLOCKS, BLOCK, eager=eager)
+
+    @lru_cache
+    def weights(name: str, dtype: str) -> Any:
         folder = tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=2)
-        return model_.ModelRunner(model_.load(folder, "cpu", dtype), BLOCKS, BLOCK, eager=eager)
+        return model_.load(folder, "cpu", dtype)
 
     return make
 
@@ -55,20 +51,18 @@ def logits(runner: Any, spans: list[Span], ids: list[np.ndarray]) -> Any:
     return runner._logits(np.concatenate([ids[i] for i in here.order]), here, range(len(spans))).clone()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", tiny_families.FAMILIES)
 def test_dense_families_take_it_and_others_do_not(runner_of: Any, name: str, dtype: str) -> None:
-    needs(dtype)
     assert (runner_of(name, dtype).forward is not None) is (name in forward.NORMS)
     assert runner_of(name, dtype, eager=True).forward is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "level"), PATHS)
 @pytest.mark.parametrize("name", sorted(forward.NORMS))
-def test_a_row_has_the_same_bits_in_any_company(runner_of: Any, name: str, dtype: str) -> None:
+def test_a_row_has_the_same_bits_in_any_company(runner_of: Any, name: str, dtype: str, level: str) -> None:
     """Alone, and beside others: prompts, chunks of prompts, single tokens, more rows than registers hold."""
-    needs(dtype)
-    runner = runner_of(name, dtype)
+    runner = runner_of(name, dtype, level)
     rng = random.Random(name)
     ids = draw(40, 1)
     alone = [logits(runner, [Span(table(0, 40), 0, 33)], [ids[:33]])]
@@ -83,10 +77,9 @@ def test_a_row_has_the_same_bits_in_any_company(runner_of: Any, name: str, dtype
             assert torch.equal(got[-1], alone[step][0]), (company, step)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(runner_of: Any, dtype: str) -> None:
-    needs(dtype)
-    runner = runner_of("qwen3", dtype)
+@pytest.mark.parametrize(("dtype", "level"), PATHS)
+def test_threads_change_no_bit(runner_of: Any, dtype: str, level: str) -> None:
+    runner = runner_of("qwen3", dtype, level)
     spans = [Span(table(row, 40), 0, length) for row, length in enumerate((40, 1, 17, 5))]
     ids = [draw(span.size, at) for at, span in enumerate(spans)]
     before = torch.get_num_threads()
@@ -100,11 +93,28 @@ def test_threads_change_no_bit(runner_of: Any, dtype: str) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize(("dtype", "level"), PATHS)
+def test_every_level_computes_the_same_up_to_rounding(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, level: str
+) -> None:
+    """With products longer than the stretches in which pairs are widened. The log says which level it is."""
+    folder = tiny_families.write(tmp_path / "m", "llama", seed=3, intermediate_size=1552, num_hidden_layers=1)
+    weights = model_.load(folder, "cpu", dtype)
+    with machine_at(level), caplog.at_level("INFO"):
+        ours = model_.ModelRunner(weights, BLOCKS, BLOCK)
+    assert f"forward: native {level}" in caplog.text
+    exact = model_.ModelRunner(model_.load(folder, "cpu", "float32"), BLOCKS, BLOCK, eager=True)
+    spans = [Span(table(row, 40), 0, length) for row, length in enumerate((40, 1, 17))]
+    ids = [draw(span.size, at) for at, span in enumerate(spans)]
+    expected = logits(exact, spans, ids)
+    off = (logits(ours, spans, ids) - expected).abs().max() / expected.std()
+    assert off < {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+
+
 def test_what_was_read_wrongly_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A model whose norms are elsewhere than the table says: transformers' code serves it."""
-    needs("float32")
     weights = model_.load(tiny_families.write(tmp_path / "m", "llama", seed=3), "cpu", "float32")
     monkeypatch.setitem(
         forward.NORMS, "llama", forward.Norms("post_attention_layernorm", None, "input_layernorm", None)
@@ -116,19 +126,19 @@ def test_what_was_read_wrongly_is_not_used(
 
 
 def test_an_inner_width_that_does_not_fit_is_left_to_transformers(tmp_path: Path) -> None:
-    needs("float32")
     folder = tiny_families.write(tmp_path / "m", "llama", seed=3, intermediate_size=100)
     assert model_.ModelRunner(model_.load(folder, "cpu", "float32"), BLOCKS, BLOCK).forward is None
 
 
+@pytest.mark.parametrize("level", LEVELS[:3])
 @pytest.mark.parametrize(
-    "changes", [{"vocab_size": 197}, {"hidden_size": 72, "head_dim": 16}, {"attention_bias": True, "mlp_bias": True}]
+    "changes", [{"vocab_size": 197}, {"hidden_size": 70, "num_attention_heads": 2, "head_dim": 16}, {"attention_bias": True, "mlp_bias": True}]
 )
-def test_odd_shapes_and_biases(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_odd_shapes_and_biases(tmp_path: Path, changes: dict[str, Any], level: str) -> None:
     """Where vectors and panels do not come out even."""
-    needs("float32")
     weights = model_.load(tiny_families.write(tmp_path / "m", "llama", seed=3, **changes), "cpu", "float32")
-    ours = model_.ModelRunner(weights, BLOCKS, BLOCK)
+    with machine_at(level):
+        ours = model_.ModelRunner(weights, BLOCKS, BLOCK)
     theirs = model_.ModelRunner(weights, BLOCKS, BLOCK, eager=True)
     assert ours.forward is not None
     spans = [Span(table(row, 40), 0, length) for row, length in enumerate((40, 1, 17))]
@@ -139,7 +149,6 @@ def test_odd_shapes_and_biases(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_memory_is_given_back(runner_of: Any, tmp_path: Path) -> None:
     """After `take_over` the packed weights serve alone."""
-    needs("float32")
     weights = model_.load(tiny_families.write(tmp_path / "m", "qwen2", seed=3), "cpu", "float32")
     runner = model_.ModelRunner(weights, BLOCKS, BLOCK)
     spans, ids = [Span(table(0, 20), 0, 20)], [draw(20, 5)]

@@ -314,7 +314,7 @@ def test_without_torchs_openmp_one_thread_computes_the_same(threads: Any, monkey
     rows = Rows([(0, 60), (300, 1)], torch.bfloat16)
     expected = rows.native()
     monkeypatch.setattr(native.kernel(), "parallel", None)
-    assert native.kernel().name(torch.float32).endswith(", one thread")
+    assert native.kernel().name(torch.float32, 0).endswith(", one thread")
     for mine, theirs in zip(rows.native(), expected, strict=True):
         assert torch.equal(mine, theirs)
 

@@ -11,6 +11,7 @@ import pytest
 import tiny_families
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_levels import LEVELS, machine_at
 from scls_worker.engine import Interrupt
 from scls_worker.rows import Chunk, Draw, Row, RowKey
 
@@ -24,14 +25,11 @@ BLOCKS, BLOCK = 64, 16
 
 @pytest.fixture(scope="module")
 def runner_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    kernel = native.kernel()
-    if kernel is None or kernel.level < native.LEVELS.index("avx512"):
-        pytest.skip("needs the C extension and AVX-512")
-
     @lru_cache
-    def make(name: str, **changes: int) -> Any:
-        folder = tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=2, **changes)
-        return model_.ModelRunner(model_.load(folder, "cpu", "float32"), BLOCKS, BLOCK)
+    def make(name: str, level: str = LEVELS[-1]) -> Any:
+        folder = tiny_families.write(tmp_path_factory.mktemp(name) / name, name, seed=2)
+        with machine_at(level):
+            return model_.ModelRunner(model_.load(folder, "cpu", "float32"), BLOCKS, BLOCK)
 
     return make
 
@@ -71,9 +69,10 @@ def single(runner: Any, rows: list[Row], passes: int) -> list[list[int]]:
 SOME = ((20, 0.0), (1, 0.8), (33, 1.0), (16, 0.0), (17, 0.01))
 
 
+@pytest.mark.parametrize("level", LEVELS[:3])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "olmo2", "phi3"])
-def test_a_burst_is_its_passes(runner_of: Any, name: str) -> None:
-    runner = runner_of(name)
+def test_a_burst_is_its_passes(runner_of: Any, name: str, level: str) -> None:
+    runner = runner_of(name, level)
     rows = [row(at, *some) for at, some in enumerate(SOME)]
     prefill(runner, rows)
     expected = single(runner, rows, 24)
@@ -121,20 +120,20 @@ def test_where_logits_are_bent_there_are_no_bursts(runner_of: Any) -> None:
     assert runner_of("gemma2").forward is not None and runner_of("gemma2").burst is None
 
 
+@pytest.mark.parametrize("level", LEVELS[:3])
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 700), st.integers(0, 2**64 - 1), st.integers(0, 10_000), st.sampled_from([0.0, 0.05, 0.7, 1.0, 3.0])
 )
-def test_property_the_kernel_draws_what_torch_draws(vocab: int, seed: int, place: int, temperature: float) -> None:
-    kernel = native.kernel()
-    if kernel is None or kernel.level < native.LEVELS.index("avx512"):
-        pytest.skip("needs the C extension and AVX-512")
+def test_property_the_kernel_draws_what_torch_draws(
+    level: str, vocab: int, seed: int, place: int, temperature: float
+) -> None:
     logits = torch.from_numpy(np.random.default_rng(seed % 1000).normal(0, 3, (3, vocab)).astype(np.float32))
     logits[1, :] = 0.5  # of equals the first, where nothing is drawn
     logits[2, vocab // 2] = math.nan if temperature == 0 else -math.inf
     logits[2, 0] = 9.0
     expected, scores = drawn_by_torch(logits, seed, place, temperature)
-    for i, token in enumerate(drawn_by_kernel(kernel, logits, seed, place, temperature)):
+    for i, token in enumerate(drawn_by_kernel(level, logits, seed, place, temperature)):
         if token != expected[i]:  # so close that a rounding decides
             assert temperature > 0 and abs(scores[i, token] - scores[i, expected[i]]) < 1e-5, (i, token, expected[i])
 
@@ -149,31 +148,29 @@ def drawn_by_torch(logits: Any, seed: int, place: int, temperature: float) -> tu
     return expected, heated - sampling._race(keys, logits.shape[-1]).log()
 
 
-def drawn_by_kernel(kernel: Any, logits: Any, seed: int, place: int, temperature: float) -> list[int]:
+def drawn_by_kernel(level: str, logits: Any, seed: int, place: int, temperature: float) -> list[int]:
     from scls_worker import forward
 
     rows = [row(i, 1, temperature) for i in range(len(logits))]
     for i, one in enumerate(rows):
         one.draw = Draw(temperature, seed=seed + i & (2**64 - 1))
         one.prompt_len = 1 - place - i  # so that this is the token's place
-    decoder = forward._Decoder(threads=1)
+    decoder = forward._Decoder(threads=1, level=native.LEVELS.index(level))
     decoder.head.n = logits.shape[-1]
     draws = forward._Drawing(rows, 1)
-    kernel.library.scls_draw(
+    native.kernel().library.scls_draw(
         forward.byref(decoder), forward.byref(draws.call), forward.c_void_p(logits.data_ptr()), len(logits)
     )
     drawn: list[int] = draws.drawn[0].tolist()
     return drawn
 
 
-def test_draws_follow_the_probabilities() -> None:
+@pytest.mark.parametrize("level", LEVELS[:3])
+def test_draws_follow_the_probabilities(level: str) -> None:
     """Ten thousand draws from five ids: each as often as its probability says, to four standard deviations."""
-    kernel = native.kernel()
-    if kernel is None or kernel.level < native.LEVELS.index("avx512"):
-        pytest.skip("needs the C extension and AVX-512")
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
     wanted = torch.softmax(logits[0] / 0.7, -1).tolist()
     count = 10_000
-    drawn = np.bincount([drawn_by_kernel(kernel, logits, 12345, place, 0.7)[0] for place in range(count)], minlength=5)
+    drawn = np.bincount([drawn_by_kernel(level, logits, 12345, place, 0.7)[0] for place in range(count)], minlength=5)
     for got, p in zip(drawn, wanted, strict=True):
         assert abs(got - count * p) < 4 * math.sqrt(count * p * (1 - p))

@@ -1,57 +1,16 @@
-/* One level of attention.c, for one type of KV; included once for each.
+/* One level of attention.c, for one type of KV; included once for each, by vector.h.
  *
- * TARGET   the instructions its functions may use
- * LANES    floats in a vector
  * COLUMNS  vectors beside one another in registers, ROWS of them below one another
- * HALVES   numbers in four bytes that are multiplied one behind the other: 2 where a pair of bfloat16 is widened
- * DOTS     a pair of bfloat16 is multiplied by one instruction
- * IN       names a function of this level
  */
 
-#define INNER ALWAYS TARGET
-#define UNROLL _Pragma("GCC unroll 8")
+#if LANES == 16 && HALVES == 1
+#define COLUMNS 4
+#else
+#define COLUMNS 2
+#endif
 #define PER_TILE (TILE / LANES) /* vectors that 16 scores take */
 
-#if defined(DOTS) || HALVES == 2
-#define PAIRED 1
-#else
-#define PAIRED 0
-#endif
-/* What a column is multiplied by. */
-#ifdef DOTS
-typedef uint32_t IN(Weight);
-#else
-typedef float IN(Weight);
-#endif
-
-typedef float IN(Floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t IN(Ints) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int16_t IN(Shorts) __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-#define Weight IN(Weight)
-#define Shorts IN(Shorts)
-#define Floats IN(Floats)
-#define Ints IN(Ints)
-
 /* ---------------------------------------------------------------- products: rows of weights times columns of KV */
-
-/* Half `half` of every lane as floats. */
-INNER Floats IN(load)(const char *at, int half) {
-#if HALVES == 2
-    const Ints both = *(const Ints *)at;
-    return half ? (Floats)(both & (int32_t)0xffff0000) : (Floats)(both << 16);
-#else
-    (void)half;
-    return *(const Floats *)at;
-#endif
-}
-
-INNER Floats IN(madd)(Floats sum, Weight weight, Floats column) {
-#ifdef DOTS
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, (__m512bh)_mm512_set1_epi32((int)weight));
-#else
-    return sum + column * weight;
-#endif
-}
 
 /* Scores of `rows` rows with `columns` vectors of 16-token tiles. `q` is packed [units, HALVES, ROWS]. */
 INNER void IN(some_scores)(
@@ -160,36 +119,6 @@ static TARGET void IN(sums)(
 
 /* ---------------------------------------------------------------- exponentials */
 
-INNER Floats IN(select)(Ints where, Floats yes, Floats no) {
-    return (Floats)(((Ints)yes & where) | ((Ints)no & ~where));
-}
-
-/* `b` where either is NaN. */
-INNER Floats IN(larger)(Floats a, Floats b) {
-#if LANES == 16
-    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#elif LANES == 8
-    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-    return IN(select)(a > b, a, b);
-#endif
-}
-
-/* 2^x, to an ulp or two; 0 below the normal numbers, NaN of NaN. Not for x > 127. */
-INNER Floats IN(exp2)(Floats x) {
-    x = IN(larger)((Floats){0} - 127.0f, x);
-    const Floats magic = (Floats){0} + 12582912.0f; /* 1.5 * 2^23: its sum with x has x rounded in the low bits */
-    const Floats rounded = x + magic;
-    const Floats part = x - (rounded - magic); /* within a half */
-    Floats y = part * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    y = y * part + 9.618437357674640e-3f;
-    y = y * part + 5.550332471162809e-2f;
-    y = y * part + 2.402264791363012e-1f;
-    y = y * part + 6.931472028550421e-1f;
-    y = y * part + 1.0f;
-    return y * (Floats)(((Ints)rounded << 23) + 0x3f800000); /* of -127 this is 0 */
-}
-
 /* Near zero a polynomial, since 1 - 2 / (e^2x + 1) would lose its digits. */
 INNER Floats IN(tanh)(Floats x) {
     const Floats square = x * x;
@@ -292,14 +221,7 @@ static TARGET void IN(finish)(
         char *to = c->out + (token * c->heads + head) * width * element(c);
         for (int32_t d = 0; d < width; d += LANES) {
             const Floats x = *(Floats *)(state.acc + (size_t)r * width + d) / state.sum[r];
-#if PAIRED
-            /* To the nearest, to even between two; a NaN stays one. */
-            const Ints bits = (Ints)x, odd = (bits >> 16) & 1;
-            const Ints near = (Ints)IN(select)(x == x, (Floats)(bits + 0x7fff + odd), (Floats)(bits | 0x400000));
-            *(Shorts *)(to + 2 * d) = __builtin_convertvector(near >> 16, Shorts);
-#else
-            *(Floats *)(to + 4 * d) = x;
-#endif
+            IN(store)(to + d * (PAIRED ? 2 : 4), x);
         }
     }
 }
@@ -405,14 +327,6 @@ static TARGET void IN(attend)(
         IN(finish)(c, task, s, task->head + h, state_in(heads + each * h + packed * blocks, rows), rows);
 }
 
-#undef INNER
-#undef UNROLL
+#undef COLUMNS
 #undef PER_TILE
-#undef PAIRED
-#undef Weight
-#undef Floats
-#undef Ints
-#undef Shorts
 #undef EACH
-#undef HALVES
-#undef IN
