@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from turns import THREADS, Play, Played, answer, check
@@ -78,15 +79,19 @@ class Runner:
     """The runner, and the time of its calls."""
 
     def __init__(self, runner: Any) -> None:
-        self.runner, self.seconds = runner, 0.0
+        self.seconds = 0.0
+        self.run = self.timed(runner.run)
+        self.burst = self.timed(runner.burst) if runner.burst else None
 
-    def run(self, chunks: Sequence[Any]) -> list[Any]:
-        began = time.perf_counter()
-        try:
-            drawn: list[Any] = self.runner.run(chunks)
-            return drawn
-        finally:
-            self.seconds += time.perf_counter() - began
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return run
 
 
 class Session:
@@ -149,8 +154,11 @@ class Driver:
         spells = 0.0  # in which rows were there
         runs_before = self.runner.seconds
         began = self.now()
+        # Requests come from elsewhere, and whoever brings one interrupts a burst.
+        threading.Thread(target=self.ring, args=([began + at for at in sorted(times)],), daemon=True).start()
         while waiting or self.scheduler.rows:
             turned = self.now()
+            self.engine.interrupt.clear()
             while waiting and began + waiting[-1][0] <= self.now():
                 _, at = waiting.pop()
                 one = work[at]
@@ -177,12 +185,18 @@ class Driver:
                 "starts_s": self.starts,
                 "cached": self.cached,
                 "forecasts": [
-                    [(record.outcome.band.lo + record.outcome.band.hi) / 2, record.outcome.time, record.outcome.steps]
+                    [record.outcome.expected, record.outcome.time, record.outcome.steps]
                     for record in self.scheduler.batches()
                     if record.outcome and record.outcome.steps
                 ],
             },
         )
+
+    def ring(self, times: Sequence[float]) -> None:
+        for at in times:
+            if (rest := at - self.now()) > 0:
+                time.sleep(rest)
+                self.engine.interrupt.set()
 
     # ---------------------------------------------------------------- engine to scheduler
 

@@ -91,7 +91,7 @@ def burst(router: Router, work: Sequence[Request], times: Sequence[float]) -> Pl
             "slices": total("slices_total"),
             "cached": sum(cached for _, _, cached in told),
             "forecasts": [
-                [(outcome["lo_us"] + outcome["hi_us"]) / 2e6, outcome["time_us"] / 1e6, outcome["steps"]]
+                [outcome["expected_us"] / 1e6, outcome["time_us"] / 1e6, outcome["steps"]]
                 for batch in router.admin("/batches")["batches"]
                 if (outcome := batch["outcome"]) and outcome["steps"]
             ],

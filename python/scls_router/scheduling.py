@@ -486,6 +486,7 @@ class BatchOutcome:
         end: why it ended.
         steps: k, the iterations that ran.
         time: their seconds by the worker's clock.
+        expected: seconds they were expected to take before they ran; 0 where nothing was known.
         band: seconds that k iterations should take, fixed before they ran.
         peak: most KV blocks in use at once.
     """
@@ -493,6 +494,7 @@ class BatchOutcome:
     end: BatchEnd
     steps: int
     time: float
+    expected: float
     band: Band
     peak: int
 

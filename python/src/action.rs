@@ -191,8 +191,8 @@ pub(crate) fn batch<'py>(
     worker: Option<Arc<str>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let outcome = record.outcome.map(|outcome| {
-        let (end, time) = (word(ENDS, &outcome.end), seconds(outcome.time));
-        BATCH_OUTCOME.of(py, (end, outcome.steps, time, band(py, outcome.band)?, outcome.peak.0))
+        let (end, time, expected) = (word(ENDS, &outcome.end), seconds(outcome.time), seconds(outcome.expected));
+        BATCH_OUTCOME.of(py, (end, outcome.steps, time, expected, band(py, outcome.band)?, outcome.peak.0))
     });
     let outcome = outcome.transpose()?;
     BATCH_RECORD.of(

@@ -35,6 +35,8 @@ pub struct BatchOutcome {
     pub steps: u32,
     /// Their time by the worker's clock.
     pub time: Micros,
+    /// The time they were expected to take before they ran; zero where nothing was known.
+    pub expected: Micros,
     /// The band of k iterations, fixed before they ran.
     pub band: Band,
     /// Most blocks in use at once.

@@ -302,8 +302,8 @@ async fn batches(State(app): State<Arc<App>>) -> Json<Value> {
                 BatchEnd::Backpressure => "backpressure",
                 BatchEnd::Error => "error",
             };
-            json!({"end": end, "steps": outcome.steps, "time_us": outcome.time.0, "lo_us": outcome.band.lo.0,
-                   "hi_us": outcome.band.hi.0, "covered": outcome.covered(), "peak_blocks": outcome.peak.0,
+            json!({"end": end, "steps": outcome.steps, "time_us": outcome.time.0,
+                   "expected_us": outcome.expected.0, "lo_us": outcome.band.lo.0, "hi_us": outcome.band.hi.0, "covered": outcome.covered(), "peak_blocks": outcome.peak.0,
                    "fills": outcome.work.fills, "prefill_tokens": outcome.work.prefill.0, "pairs": outcome.work.pairs,
                    "decoded_tokens": outcome.work.decoded, "context_tokens": outcome.work.context.0,
                    "longest_tokens": outcome.work.longest.0})

@@ -290,9 +290,8 @@ impl Metrics {
         // Both are there from the start: a ratio of nothing is no alarm.
         self.covered.get_or_create_owned(&labels).inc_by(outcome.covered().into());
         self.overfull.get_or_create_owned(&by(worker)).inc_by((outcome.peak > record.ceiling).into());
-        let expected = Micros(u64::midpoint(outcome.band.lo.0, outcome.band.hi.0));
-        if expected > Micros::ZERO {
-            let error = calibration.take(outcome.time, expected);
+        if outcome.expected > Micros::ZERO {
+            let error = calibration.take(outcome.time, outcome.expected);
             self.calibration.get_or_create_owned(&by(worker)).set(error);
         }
     }
@@ -448,6 +447,7 @@ mod tests {
                 end: BatchEnd::Cut,
                 steps,
                 time: Micros(time),
+                expected: Micros(1_000),
                 band,
                 peak: Blocks(peak),
                 work: Work::default(),
@@ -462,7 +462,7 @@ mod tests {
             outcome(16, 899, 8),
             outcome(17, 1_000, 8),
             // no band was known
-            Some(BatchOutcome { band: Band::default(), ..outcome(32, 1_000, 8).expect("one") }),
+            Some(BatchOutcome { expected: Micros::ZERO, band: Band::default(), ..outcome(32, 1_000, 8).expect("one") }),
         ] {
             metrics.scored("w0", &record(of), &mut calibration);
         }

@@ -78,6 +78,24 @@ struct Forward {
     int32_t tokens, count, n, unused;
 };
 
+/* How rows draw, one entry each. */
+struct Draws {
+    const float *heats;     /* temperatures; 0: the likeliest */
+    const uint64_t *seeds;  /* mixed once */
+    const int64_t *places;  /* of the next token in the row's output */
+    uint32_t *drawn;        /* [passes, n] */
+};
+
+/* Passes that follow one another without the caller: all rows have one token, and all draw. */
+struct Burst {
+    const uint32_t *stops;   /* ids at which some row may end */
+    const int32_t *interrupt; /* not zero: somebody waits for the caller */
+    uint32_t *ids;           /* as Forward's */
+    struct Span *spans;      /* as Forward's */
+    int64_t room;            /* bytes of Forward's */
+    int32_t most, stops_count;
+};
+
 /* ---------------------------------------------------------------- numbers */
 
 ALWAYS TARGET_F32 __m512 exp16(__m512 x) {
@@ -320,6 +338,105 @@ static TARGET_F32 void add(float *x, const float *branch, int32_t n) {
     for (int32_t i = 0; i < n; i++) x[i] += branch[i];
 }
 
+/* ---------------------------------------------------------------- a row's draw */
+
+/* Of normal numbers above 0: Cephes' polynomial about 1. */
+ALWAYS TARGET_F32 __m512 log16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+    const __mmask16 large = _mm512_cmp_ps_mask(m, _mm512_set1_ps(1.41421356f), _CMP_GT_OQ);
+    m = _mm512_mask_mul_ps(m, large, m, _mm512_set1_ps(0.5f)), e = _mm512_mask_add_ps(e, large, e, one);
+    m = _mm512_sub_ps(m, one);
+    const __m512 z = _mm512_mul_ps(m, m);
+    __m512 y = _mm512_set1_ps(7.0376836292e-2f);
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(-1.1514610310e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(1.1676998740e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(-1.2420140846e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(1.4249322787e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(-1.6668057665e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(2.0000714765e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(-2.4999993993e-1f));
+    y = _mm512_fmadd_ps(y, m, _mm512_set1_ps(3.3333331174e-1f));
+    y = _mm512_mul_ps(_mm512_mul_ps(y, m), z);
+    y = _mm512_fmadd_ps(e, _mm512_set1_ps(-2.12194440e-4f), y);
+    y = _mm512_fnmadd_ps(z, _mm512_set1_ps(0.5f), y);
+    return _mm512_fmadd_ps(e, _mm512_set1_ps(0.693359375f), _mm512_add_ps(m, y));
+}
+
+static uint64_t splitmix64(uint64_t x) {
+    x += 0x9E3779B97F4A7C15u;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+/* Eight ids' random numbers, above 0 and up to 1: 63 bits of `splitmix64(key + id)`. */
+ALWAYS TARGET_F32 __m256 uniform8(__m512i x) {
+    x = _mm512_add_epi64(x, _mm512_set1_epi64((int64_t)0x9E3779B97F4A7C15u));
+    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 30)), _mm512_set1_epi64((int64_t)0xBF58476D1CE4E5B9u));
+    x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 27)), _mm512_set1_epi64((int64_t)0x94D049BB133111EBu));
+    x = _mm512_xor_si512(x, _mm512_srli_epi64(x, 31));
+    x = _mm512_or_si512(_mm512_srli_epi64(x, 1), _mm512_set1_epi64(1));
+    return _mm256_mul_ps(_mm512_cvtepi64_ps(x), _mm256_set1_ps(0x1p-63f));
+}
+
+/* The logarithms of sixteen ids' exponential variates. */
+ALWAYS TARGET_F32 __m512 race16(uint64_t key, int32_t id) {
+    const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i at = _mm512_add_epi64(lane, _mm512_set1_epi64((int64_t)(key + (uint64_t)id)));
+    const __m512 u = _mm512_insertf32x8(
+        _mm512_castps256_ps512(uniform8(at)), uniform8(_mm512_add_epi64(at, _mm512_set1_epi64(8))), 1);
+    /* -log(1 - u) with all digits of a small u: what 1 - u lost is put back by the ratio */
+    const __m512 one = _mm512_set1_ps(1.0f), rest = _mm512_sub_ps(one, u);
+    const __mmask16 tiny = _mm512_cmp_ps_mask(rest, one, _CMP_EQ_OQ), never = _mm512_cmp_ps_mask(rest, _mm512_setzero_ps(), _CMP_LE_OQ);
+    const __m512 ratio = _mm512_div_ps(u, _mm512_sub_ps(rest, one));
+    const __m512 e = _mm512_mask_mov_ps(_mm512_mul_ps(log16(rest), ratio), tiny, u);
+    return _mm512_mask_mov_ps(log16(e), never, _mm512_set1_ps(INFINITY));
+}
+
+/* The largest, and of equals the first; a NaN is larger than any number, as torch has it. */
+struct Best {
+    __m512 values;
+    __m512i ids;
+};
+
+ALWAYS TARGET_F32 void better(struct Best *best, __m512 values, int32_t id, __mmask16 mask) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __mmask16 known = _mm512_cmp_ps_mask(best->values, best->values, _CMP_ORD_Q);
+    /* greater, or not a number where the best is one */
+    const __mmask16 wins = mask & known & _mm512_cmp_ps_mask(values, best->values, _CMP_NLE_UQ);
+    best->values = _mm512_mask_mov_ps(best->values, wins, values);
+    best->ids = _mm512_mask_mov_epi32(best->ids, wins, _mm512_add_epi32(lane, _mm512_set1_epi32(id)));
+}
+
+/* One row's token: the largest logit, or a draw of its temperature's distribution (sampling.py: the Gumbel-max trick as an
+ * exponential race, with random bits that are a function of seed, place and id).
+ */
+static TARGET_F32 uint32_t draw(const float *logits, int32_t vocabulary, float heat, uint64_t key) {
+    float top = 0.0f;
+    for (int warm = 0; warm < 2; warm++) {
+        struct Best best = {_mm512_set1_ps(-INFINITY), _mm512_setzero_si512()};
+        const __m512 cold = _mm512_set1_ps(heat), most = _mm512_set1_ps(top);
+        for (int32_t id = 0; id < vocabulary; id += 16) {
+            const __mmask16 mask = first(vocabulary - id);
+            __m512 x = _mm512_maskz_loadu_ps(mask, logits + id);
+            if (warm) x = _mm512_sub_ps(_mm512_div_ps(_mm512_sub_ps(x, most), cold), race16(key, id));
+            better(&best, x, id, mask);
+        }
+        float values[16];
+        int32_t ids[16], at = 0;
+        _mm512_storeu_ps(values, best.values), _mm512_storeu_si512(ids, best.ids);
+        for (int i = 1; i < 16; i++) {
+            const int unknown = values[i] != values[i], was = values[at] != values[at];
+            const int wins = unknown > was || (unknown == was && (unknown || values[i] == values[at] ? ids[i] < ids[at] : values[i] > values[at]));
+            if (wins) at = i;
+        }
+        if (warm || heat <= 0.0f) return (uint32_t)ids[at];
+        top = values[at];
+    }
+    return 0;
+}
+
 /* ---------------------------------------------------------------- the pass */
 
 struct Work {
@@ -328,11 +445,14 @@ struct Work {
     const struct Layer *layer;
     const struct Norm *norm; /* of rows */
     struct Product product;
+    const struct Draws *draws;
+    const float *logits; /* [n, vocabulary] */
+    int32_t pass;        /* of a burst */
     int32_t what, count, each;
     atomic_int next;
 };
 
-enum What { MULTIPLY, EMBED, NORM, TURN, NORM_AND_ADD };
+enum What { MULTIPLY, EMBED, NORM, TURN, NORM_AND_ADD, DRAW };
 
 static TARGET_F32 void one(struct Work *w, int32_t i) {
     const struct Decoder *d = w->decoder;
@@ -342,6 +462,13 @@ static TARGET_F32 void one(struct Work *w, int32_t i) {
     case MULTIPLY: multiply(d, &w->product, i); break;
     case EMBED: embed(d, f, i); break;
     case TURN: turn(d, w->layer, f, i); break;
+    case DRAW: {
+        const struct Draws *draws = w->draws;
+        const uint64_t key = splitmix64(draws->seeds[i] + (uint64_t)(draws->places[i] + w->pass));
+        draws->drawn[(size_t)w->pass * w->count + i] =
+            draw(w->logits + (size_t)i * d->head.n, d->head.n, draws->heats[i], key);
+        break;
+    }
     case NORM_AND_ADD:
         norm(w->norm, d->eps, f->branch + row, FLOAT32, f->branch + row);
         add(f->x + row, f->branch + row, d->hidden);
@@ -424,10 +551,14 @@ EXPORT int64_t scls_forward_room(const struct Decoder *d, const struct Forward *
     return most;
 }
 
-EXPORT void scls_forward(const struct Decoder *given, const struct Forward *f) {
+static struct Decoder threaded(const struct Decoder *given) {
     struct Decoder decoder = *given;
     if (!decoder.parallel || !decoder.barrier) decoder.threads = 1;
-    const struct Decoder *d = &decoder;
+    return decoder;
+}
+
+EXPORT void scls_forward(const struct Decoder *given, const struct Forward *f) {
+    const struct Decoder decoder = threaded(given), *d = &decoder;
     struct Work work = {.decoder = d, .forward = f};
     for (const struct Span *s = f->spans; s < f->spans + f->count; s++)
         for (int32_t i = 0; i < s->size; i++) f->positions[s->first + i] = s->start + i;
@@ -454,9 +585,38 @@ EXPORT void scls_forward(const struct Decoder *given, const struct Forward *f) {
     run(&work, MULTIPLY, (d->head.n + PANEL - 1) / PANEL);
 }
 
-/* Bytes of the three structures, for who writes them elsewhere. */
+/* Draws a token from each of `n` rows of logits. */
+EXPORT void scls_draw(const struct Decoder *given, const struct Draws *draws, const float *logits, int32_t n) {
+    const struct Decoder decoder = threaded(given);
+    struct Work work = {.decoder = &decoder, .draws = draws, .logits = logits};
+    run(&work, DRAW, n);
+}
+
+/* Up to `most` passes, each of what the last one drew; how many were made. It ends behind a pass in which a row drew a stop or
+ * somebody interrupted, and before one that needs more memory than there is.
+ */
+EXPORT int32_t scls_burst(const struct Decoder *given, const struct Forward *f, const struct Draws *draws, const struct Burst *b) {
+    const struct Decoder decoder = threaded(given);
+    struct Work work = {.decoder = &decoder, .draws = draws, .logits = f->logits};
+    while (work.pass < b->most && scls_forward_room(&decoder, f) <= b->room) {
+        scls_forward(&decoder, f);
+        run(&work, DRAW, f->n);
+        const uint32_t *drawn = draws->drawn + (size_t)work.pass++ * f->n;
+        int ended = __atomic_load_n(b->interrupt, __ATOMIC_RELAXED) != 0;
+        for (int32_t i = 0; i < f->n; i++) {
+            for (int32_t j = 0; j < b->stops_count; j++) ended |= drawn[i] == b->stops[j];
+            b->ids[i] = drawn[i];
+            b->spans[i].start++;
+        }
+        if (ended) break;
+    }
+    return work.pass;
+}
+
+/* Bytes of the structures, for who writes them elsewhere. */
 EXPORT int64_t scls_forward_sizes(void) {
-    return (int64_t)sizeof(struct Layer) << 32 | (int64_t)sizeof(struct Decoder) << 16 | (int64_t)sizeof(struct Forward);
+    return (int64_t)sizeof(struct Layer) << 48 | (int64_t)sizeof(struct Decoder) << 32 | (int64_t)sizeof(struct Forward) << 16 |
+           (int64_t)sizeof(struct Draws) << 8 | (int64_t)sizeof(struct Burst);
 }
 
 /* Packs weights [N, K] of the model's type. */

@@ -13,7 +13,7 @@ import numpy as np
 from scls_router.proto import common_pb2 as common
 
 from . import cost
-from .engine import Engine, Runner
+from .engine import TOLD_US, Engine, Runner
 from .errors import StartupError
 from .kv_pool import KvPool
 from .rows import Batch, Row, RowKey
@@ -39,11 +39,13 @@ COMMAND = Effort(12.0, 15, (1, 4, 16, 64), (16, 64, 256, 1024, 4096), 1 << 14)
 # On a machine that is busy (the other workers of an `up` load their models) the next look may see better.
 TRUSTED = 0.5
 LOOKS = 3
+# Most tokens that a row draws in one look: a burst's steps are cheaper than one alone, and bursts are what will run.
+DRAWS = 4
 
 
 class Point(NamedTuple):
-    """One iteration: `rows` rows of `tokens` tokens each draw one more; beside them a row has a chunk of `chunk` tokens
-    computed, behind `before`. Padded: a chunk is each row's whole prompt.
+    """One iteration, or a burst of some: `rows` rows of `tokens` tokens each draw one more; beside them a row has a chunk of
+    `chunk` tokens computed, behind `before`. Padded: a chunk is each row's whole prompt.
     """
 
     rows: int
@@ -59,7 +61,7 @@ class Point(NamedTuple):
 def grid(info: common.WorkerInfo, effort: Effort) -> list[Point]:
     """Points that fit this worker's memory, context and rows, small ones first."""
     padded = info.cost_shape == common.COST_SHAPE_PADDED
-    sizes = [size for size in effort.sizes if size + 2 <= info.max_context]
+    sizes = [size for size in effort.sizes if size + DRAWS <= info.max_context]
     counts = sorted({min(rows, info.max_rows) for rows in effort.rows})
     points = [Point(rows, tokens) for tokens in sizes for rows in counts]
     if padded:
@@ -73,7 +75,7 @@ def grid(info: common.WorkerInfo, effort: Effort) -> list[Point]:
         point
         for point in dict.fromkeys(points)
         if point.work <= effort.most
-        and point.chunk + point.before + 2 <= info.max_context
+        and point.chunk + point.before + DRAWS <= info.max_context
         and (point.rows + (not padded and point.chunk > 0)) <= info.max_rows
         and _blocks(point, info.block_size, padded) <= info.blocks
     ]
@@ -81,8 +83,10 @@ def grid(info: common.WorkerInfo, effort: Effort) -> list[Point]:
 
 
 def _blocks(point: Point, size: int, padded: bool) -> int:
-    beside = 0 if padded else -(-(point.before + point.chunk) // size)
-    return point.rows * -(-point.tokens // size) + beside
+    if padded:
+        return point.rows * -(-point.tokens // size)
+    beside = -(-(point.before + point.chunk + DRAWS) // size) if point.chunk else 0
+    return point.rows * -(-(point.tokens + DRAWS) // size) + beside
 
 
 class Bench:
@@ -97,10 +101,14 @@ class Bench:
         self.info, self.clock = info, clock  # microseconds
         self.padded = info.cost_shape == common.COST_SHAPE_PADDED
         self.engine = Engine(runner, KvPool(info.blocks, info.block_size), info, clock)
+        self.steps_us: dict[Point, int] = {}
 
     def take(self, point: Point) -> float | None:
-        """Seconds of one such iteration; None where it does not run here."""
+        """Seconds of one such iteration; None where it does not run here. The first look is at one alone; the next are at as
+        many in one go as the engine makes of such.
+        """
         engine, pool = self.engine, self.engine.pool
+        engine.step_us = max(self.steps_us.get(point, TOLD_US), TOLD_US // DRAWS)
         if self.padded:
             rows = [self._row(i, point.tokens, 0 if point.chunk else None) for i in range(point.rows)]
         else:
@@ -116,6 +124,7 @@ class Bench:
                 row.grow(pool, row.computed)
         if self.padded and not point.chunk:
             batch.iterations, batch.rectangle = 1, list(rows)
+        before = batch.iterations
         engine.rows.update((row.key, row) for row in rows)
         engine.batch = batch
         engine.step()
@@ -124,23 +133,24 @@ class Bench:
             row.drop_kv(pool)
         engine.rows.clear()
         engine.batch = engine.base = None
-        return None if failed else max(1, batch.prefill_us + batch.decode_us) / 1e6
+        self.steps_us[point] = engine.step_us
+        return None if failed else max(1, batch.prefill_us + batch.decode_us) / (batch.iterations - before) / 1e6
 
     def _row(self, number: int, tokens: int, prefilled: int | None = None) -> Row:
         """One that decodes, or one whose prefill has come to `prefilled` tokens."""
         # Any ids, but not all the same: a mixture of experts would send them to one.
-        ids = (np.arange(tokens + 2, dtype=np.uint64) * 7919 + number * 104_729 + 3) % self.info.vocab_size
+        ids = (np.arange(tokens + DRAWS + 1, dtype=np.uint64) * 7919 + number * 104_729 + 3) % self.info.vocab_size
         return Row(
             RowKey(number, 0, 0),
             0,
             ids.astype(np.uint32),
             known=tokens,
             prompt_len=tokens,
-            max_tokens=2,
+            max_tokens=DRAWS + 1,
             computed=tokens - 1 if prefilled is None else prefilled,
             wants_prefill=prefilled is not None,
             nameable=False,
-            promised=self.engine.pool.blocks_for(tokens),
+            promised=self.engine.pool.blocks_for(tokens if self.padded else tokens + DRAWS),
         )
 
     def sample(self, point: Point, seconds: float) -> cost.Sample:

@@ -9,6 +9,7 @@ believed but tried: `disagreement` holds it against the family's own forward bef
 from array import array
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p, sizeof
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .attention import Span
+from .mock import splitmix64
 from .native import DTYPES, LEVELS, Native, NativePass, zeros
+from .rows import Row
 
 LONGEST_TRIED = 48  # tokens
 PANEL = 32  # outputs of a product whose weights lie together
@@ -93,6 +96,24 @@ class _Forward(Structure):
     )
 
 
+class _Draws(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("heats", "seeds", "places", "drawn"))
+
+
+class _Burst(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("stops", "interrupt", "ids", "spans")),
+        ("room", c_int64),
+        ("most", c_int32),
+        ("stops_count", c_int32),
+    )
+
+
+SIZES = sum(
+    sizeof(made) << bits for made, bits in ((_Layer, 48), (_Decoder, 32), (_Forward, 16), (_Draws, 8), (_Burst, 0))
+)
+
+
 class Unreadable(Exception):
     """The model is not one that the kernel computes; says why."""
 
@@ -109,7 +130,7 @@ class Forward:
         if config.model_type not in NORMS:
             raise Unreadable(f"{config.model_type} has layers of its own")
         kernel.library.scls_forward_sizes.restype = c_int64
-        if kernel.library.scls_forward_sizes() != sizeof(_Layer) << 32 | sizeof(_Decoder) << 16 | sizeof(_Forward):
+        if kernel.library.scls_forward_sizes() != SIZES:
             raise Unreadable("the extension was built from other sources")
         self.model, self.native, self.config = model, native, config
         self.pack = kernel.library.scls_pack
@@ -170,6 +191,10 @@ class Forward:
         self.run, self.need = kernel.library.scls_forward, kernel.library.scls_forward_room
         self.run.argtypes, self.run.restype = (POINTER(_Decoder), POINTER(_Forward)), None
         self.need.argtypes, self.need.restype = (POINTER(_Decoder), POINTER(_Forward)), c_int64
+        self.drawer, self.bursts = kernel.library.scls_draw, kernel.library.scls_burst
+        self.drawer.argtypes, self.drawer.restype = (POINTER(_Decoder), POINTER(_Draws), c_void_p, c_int32), None
+        self.bursts.argtypes = (POINTER(_Decoder), POINTER(_Forward), POINTER(_Draws), POINTER(_Burst))
+        self.bursts.restype = c_int32
         self._make_room(64)
 
     # ---------------------------------------------------------------- reading
@@ -280,6 +305,14 @@ class Forward:
 
     def __call__(self, ids: NDArray[np.uint32], here: NativePass, drawing: Sequence[int]) -> Tensor:  # [T], N -> [N, V]
         """Logits of the last tokens of the spans `drawing`; `ids` lie as in `here`."""
+        logits, _ = self._set(ids, here, drawing)
+        self.run(byref(self.decoder), byref(self.call))
+        if self.cap:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def _set(self, ids: NDArray[np.uint32], here: NativePass, drawing: Sequence[int]) -> tuple[Tensor, Any]:
+        """Fills `call`; its logits to be, and what else has to live as long as the call."""
         if here.tokens > self.room:
             self._make_room(max(here.tokens, 2 * self.room))
         ends = array("q", [here.lasts[at] for at in drawing])
@@ -291,10 +324,58 @@ class Forward:
         call.tables = here.tables.buffer_info()[0]
         call.ends, call.n, call.logits = ends.buffer_info()[0], len(ends), logits.data_ptr()
         call.room = self.native.room(self.need(byref(self.decoder), byref(call)))
-        self.run(byref(self.decoder), byref(call))
-        if self.cap:
-            logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits
+        return logits, ends
+
+    # ---------------------------------------------------------------- draws
+
+    def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:  # [N, V], N
+        """A token of each row by its temperature, seed and place alone."""
+        draws = _Drawing(rows, 1)
+        self.drawer(byref(self.decoder), byref(draws.call), logits.data_ptr(), len(rows))
+        drawn: list[int] = draws.drawn[0].tolist()
+        return drawn
+
+    def burst(
+        self, ids: NDArray[np.uint32], here: NativePass, rows: Sequence[Row], most: int, interrupt: int
+    ) -> list[list[int]]:
+        """Up to `most` passes of one token a row, each of what the last drew: the tokens of each. Writes to `ids` and `here`.
+
+        `interrupt` is the address of a number that is not zero when the caller is wanted.
+        """
+        logits, ends = self._set(ids, here, range(len(rows)))
+        draws = _Drawing(rows, most)
+        stops = array("I", sorted(frozenset().union(*(row.stops for row in rows))))
+        # Later passes see more, and may need a little more room. A burst that has too little ends.
+        room = 2 * self.need(byref(self.decoder), byref(self.call))
+        self.call.room = self.native.room(room)
+        burst = _Burst(
+            stops=stops.buffer_info()[0],
+            interrupt=interrupt,
+            ids=ids.ctypes.data,
+            spans=here.spans.buffer_info()[0],
+            room=room,
+            most=most,
+            stops_count=len(stops),
+        )
+        made = self.bursts(byref(self.decoder), byref(self.call), byref(draws.call), byref(burst))
+        del logits, ends
+        passes: list[list[int]] = draws.drawn[:made].tolist()
+        return passes
+
+
+class _Drawing:
+    """How rows draw, as the kernel reads it."""
+
+    def __init__(self, rows: Sequence[Row], passes: int) -> None:
+        self.heats = array("f", [row.draw.temperature for row in rows])
+        self.seeds = array("Q", [mixed(row.draw.seed) for row in rows])
+        self.places = array("q", [row.output_len for row in rows])
+        self.drawn = np.empty((passes, len(rows)), dtype=np.uint32)
+        heats, seeds, places = (numbers.buffer_info()[0] for numbers in (self.heats, self.seeds, self.places))
+        self.call = _Draws(heats=heats, seeds=seeds, places=places, drawn=self.drawn.ctypes.data)
+
+
+mixed = lru_cache(maxsize=1 << 12)(splitmix64)
 
 
 def braid(both: Tensor) -> Tensor:  # [2 I, ..] -> [2 I, ..]

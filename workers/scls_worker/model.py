@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from . import __version__, memory, native, varlen
 from .attention import Attention, OnesPass, Pass, Span, attend, new_runner, passes
 from .config import first_line, kv_shape, longest_context, read_config
-from .engine import Burst
+from .engine import Burst, Interrupt
 from .errors import StartupError
 from .folder import eos_token_ids
 from .forward import Forward, Unreadable
@@ -84,7 +84,12 @@ class ModelRunner:
         if self.native and not eager:
             self.forward = self._read_forward(max_context)
         self.graphs = Graphs(model, self.number, self._lay_ones, spare=blocks) if captures else None
-        self.burst: Burst | None = self.graphs.burst if self.graphs else None
+        self.burst: Burst | None = None
+        if self.graphs:
+            self.burst = self.graphs.burst
+        # Where logits are bent before the draw, the draw waits for that.
+        elif self.forward and not self.forward.cap:
+            self.burst = self._burst
 
     def _varlen_refusal(self, config: Any, max_context: int) -> str | None:
         heads = (config.num_attention_heads, *kv_shape(config))
@@ -124,11 +129,27 @@ class ModelRunner:
         logits = self._logits(ids, here, drawing)  # [N, V]
         if not drawing:
             return []
-        rows = [chunks[here.order[i]].row for i in drawing]
-        wants = [Want(row.draw, row.output_len, row.counted()) for row in rows]
+        drawn = self._draw(logits, [chunks[here.order[i]].row for i in drawing])
         # Back from the pass's order to the engine's.
-        drawn = {here.order[i]: one for i, one in zip(drawing, draw_tokens(logits, wants), strict=True)}
-        return [drawn[i] for i in sorted(drawn)]
+        placed = {here.order[i]: one for i, one in zip(drawing, drawn, strict=True)}
+        return [placed[i] for i in sorted(placed)]
+
+    def _draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:  # [N, V], N
+        """A row draws by the same code in every pass: with a kernel's logarithms or torch's, by what it asks for alone."""
+        if self.forward is None:
+            return draw_tokens(logits, [Want(row.draw, row.output_len, row.counted()) for row in rows])
+        drawn = [Drawn(token) for token in self.forward.draw(logits, rows)]
+        if odd := [i for i, row in enumerate(rows) if not row.plain]:
+            wants = [Want(rows[i].draw, rows[i].output_len, rows[i].counted()) for i in odd]
+            for i, one in zip(odd, draw_tokens(logits[odd], wants), strict=True):
+                drawn[i] = one
+        return drawn
+
+    @torch.inference_mode()
+    def _burst(self, chunks: Sequence[Chunk], most: int, interrupt: Interrupt) -> list[list[int]]:
+        here, ids = self._lay(chunks)
+        assert self.forward and isinstance(here, native.NativePass)
+        return self.forward.burst(ids, here, [chunk.row for chunk in chunks], most, interrupt.at)
 
     def _lay(self, chunks: Sequence[Chunk]) -> tuple[Here, NDArray[np.uint32]]:
         """The pass, and its token ids in the pass's order."""

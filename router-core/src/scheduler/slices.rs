@@ -100,6 +100,7 @@ impl Scheduler {
                 worker.joins.exposed(report.idle);
             }
             let band = worker.estimator.band(&running.forecast, report.steps);
+            let expected = worker.estimator.expected(&running.forecast, report.steps);
             if report.end != BatchEnd::Error {
                 worker.estimator.observe(&running.forecast, report.steps, time);
             }
@@ -107,7 +108,8 @@ impl Scheduler {
             let stopped = report.rows.iter().filter(|row| row.finish == Some(FinishReason::Stop)).count();
             worker.estimator.observe_ends(emitted.0, stopped as u64);
             let work = Work::of(running.entered, report);
-            let outcome = BatchOutcome { end: report.end, steps: report.steps, time, band, peak: report.peak, work };
+            let (end, steps, peak) = (report.end, report.steps, report.peak);
+            let outcome = BatchOutcome { end, steps, time, expected, band, peak, work };
             if self.batches.len() == LATEST {
                 self.batches.pop_front();
             }
