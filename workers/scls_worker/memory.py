@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .config import kv_shape
+from .graphs import SPARE
 from .options import CONTEXTS_A_POOL
 from .rows import Chunk, Draw, Row, RowKey
 
@@ -50,7 +51,7 @@ def fitting(free: int, peaks: Sequence[int], block_bytes: int, gathers: bool) ->
     room = int(free * (1 - CUDA_SPARE)) - sum(peaks)
     if gathers:
         room = min(room, int(free * CUDA_GATHERED))
-    return max(1, room // block_bytes - 1)  # one is no row's
+    return max(1, room // block_bytes - SPARE)
 
 
 def peak_of(runner: Any, chunks: Sequence[Chunk]) -> int:

@@ -28,7 +28,7 @@ from .engine import Burst, Interrupt
 from .errors import StartupError
 from .folder import eos_token_ids
 from .forward import Forward, Unreadable
-from .graphs import Graphs
+from .graphs import SPARE, Graphs
 from .info import digest, model_files, tokenizer_files, worker_info
 from .options import Served
 from .rectangle import Rectangle
@@ -50,6 +50,9 @@ AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
 # weights for every token that chose it.)
 EXPERTS = "grouped_mm"
 
+# A worker's first seconds are its calibration's, which a compiler beside it would slow down.
+COMPILED_AFTER_S = 10.0
+
 # How far logits of the C kernel may be from the family's own, over their standard deviation. A norm or a weight in the wrong
 # place is off by one; bfloat16 rounds after every operation there, and only where a product begins here.
 MOST_OFF = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -63,11 +66,9 @@ class ModelRunner:
         self.block_size, self.padded = block_size, padded
         self.device = model.device
         config = model.config.get_text_config()
-        max_context = max_context or longest_context(config, None)
         cuda = self.device.type == "cuda"
         captures = cuda and not (padded or eager)
-        # A block more, that no row has: rows of a step that are not there write to it.
-        shape = ((blocks + captures) * block_size, *kv_shape(config))  # [slots, Hkv, D]
+        shape = ((blocks + (SPARE if captures else 0)) * block_size, *kv_shape(config))  # [slots, Hkv, D]
         if padded:
             refused: str | None = "padded layout"
         elif cuda:
@@ -82,7 +83,7 @@ class ModelRunner:
         log.info("attention: %s", f"sdpa ({refused})" if refused else name)
         self.forward: Forward | None = None
         if self.native and not eager:
-            self.forward = self._read_forward(max_context)
+            self.forward = self._read_forward(max_context or longest_context(config, None))
         self.graphs = Graphs(model, self.number, self._lay_ones, spare=blocks) if captures else None
         self.burst: Burst | None = None
         if self.graphs:
@@ -94,7 +95,7 @@ class ModelRunner:
     def _varlen_refusal(self, config: Any, max_context: int) -> str | None:
         heads = (config.num_attention_heads, *kv_shape(config))
         window = getattr(config, "sliding_window", None)
-        if window is not None and window >= max_context:
+        if window and window >= (max_context or longest_context(config, None)):  # it cuts nothing
             window = None
         capped = bool(getattr(config, "attn_logit_softcapping", None))
         return varlen.refusal(self.device, self.model.dtype, self.block_size, heads, window, capped)
@@ -244,6 +245,10 @@ def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Ser
     if runner.forward:
         runner.forward.take_over()
     try_out(runner)
+    if runner.graphs and options.calibrate:
+        runner.graphs.compile_behind().join()  # what is written down is of what will run
+    elif runner.graphs:
+        runner.graphs.compile_behind(COMPILED_AFTER_S)
     return Served(runner, info, tokenizer)
 
 

@@ -3,6 +3,7 @@ greedy and by chance, in bursts of any length, beside rows that are not there.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def weights_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def runner_of(weights: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """As on CUDA, but for the kernel and the capture. What nobody wrote is NaN."""
-    runner = model_.ModelRunner(weights, BLOCKS + 1, BLOCK, eager=True)
+    runner = model_.ModelRunner(weights, BLOCKS + graphs_.SPARE, BLOCK, eager=True)
     for pool in (pool for pools in runner.pools for pool in pools):
         pool.fill_(torch.nan)
     if way == "single":
@@ -117,6 +118,30 @@ def test_rows_that_are_not_plain_draw_as_they_did(weights_of: Any, monkeypatch: 
     assert talk(runner_of(weights, "sdpa", monkeypatch), asked, 100).outputs == alone.outputs
 
 
+def test_single_passes_take_the_same_steps(weights_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a batch at iteration level runs, or one of slow steps."""
+    weights, asked = weights_of("llama"), rows(3, (0.0, 0.9))
+    alone = talk(runner_of(weights, "single", monkeypatch), asked, 100)
+    runner = runner_of(weights, "sdpa", monkeypatch)
+    runner.burst = None
+    assert talk(runner, asked, 100).outputs == alone.outputs
+    assert runner.graphs.passes == runner.graphs.waits > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda(tmp_path: Path) -> None:
+    weights = model_.load(tiny_families.write(tmp_path / "m", "qwen3", seed=1), "cuda", "float32")
+    asked = rows(11, (0.0, 0.0, 0.8))
+    alone = talk(model_.ModelRunner(weights, BLOCKS, BLOCK, eager=True), asked, 100)
+    runner = model_.ModelRunner(weights, BLOCKS, BLOCK)
+    assert talk(runner, asked, 7).outputs == alone.outputs
+    assert runner.graphs.captures and all(step.graph is not None for step in runner.graphs.steps.values())
+    runner.graphs.compile_behind().join()
+    assert talk(runner, asked, 100).outputs == alone.outputs
+    assert runner.graphs.forward is not weights
+
+
 def test_numbers_that_lie_on_the_device_draw_the_same() -> None:
     random = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(64, 300, generator=random)
@@ -172,6 +197,37 @@ def test_rows_that_are_not_there_touch_their_own_block_alone(weights_of: Any, mo
             touched = (~pool.isnan()).flatten(1).any(1).nonzero()[:, 0].tolist()
             rows = [i * 8 * BLOCK + at for i in range(3) for at in range(6)]
             assert touched == [*rows, BLOCKS * BLOCK]
+
+
+@pytest.mark.parametrize("how", ["right", "wrong", "failing"])
+def test_what_is_compiled_runs_when_it_is_done_and_draws_the_same(
+    weights_of: Any, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = torch.compile
+
+    def compile_(model: Any, dynamic: bool) -> Any:
+        if how == "failing":
+            raise RuntimeError("no C compiler")
+        compiled = real(model, dynamic=dynamic, backend="aot_eager", fullgraph=True)
+
+        def forward(**given: Any) -> Any:
+            out = compiled(**given)
+            out.logits *= 1.1 if how == "wrong" else 1
+            return out
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    runner = runner_of(weights_of("llama"), "sdpa", monkeypatch)
+    one, three = chunks_of([1]), chunks_of([1, 1, 1])
+    expected = [runner.burst(chunks, 9, None) for chunks in (one, three)]
+    with caplog.at_level("INFO"):
+        runner.graphs.compile_behind().join()
+    assert ("not compiled" in caplog.text) is (how != "right")
+    assert [runner.burst(chunks, 9, None) for chunks in (one, three)] == expected
+    assert (runner.graphs.forward is runner.model) is (how != "right")
+    # What was made of the family's own code is gone.
+    assert all(step.forward is runner.graphs.forward for step in runner.graphs.steps.values())
 
 
 class Captured:
