@@ -185,7 +185,7 @@ class Driver:
                 "starts_s": self.starts,
                 "cached": self.cached,
                 "forecasts": [
-                    [record.outcome.expected, record.outcome.time, record.outcome.steps]
+                    [record.outcome.expected, record.outcome.time, record.outcome.end != "cut"]
                     for record in self.scheduler.batches()
                     if record.outcome and record.outcome.steps
                 ],

@@ -123,24 +123,37 @@ def workload_bound(shape: Shape, limits: Limits, work: Sequence[Request], places
     return Bound(seconds, max(read_all / limits.bandwidth, flop_all / limits.peak))
 
 
-def measure(dtype: str, working_set: int) -> Limits:
-    """`working_set`: bytes that are read over and over, as many as the model's weights; what fits in a cache would be read
-    from there.
-    """
-    import torch
+class Meter:
+    """What reaches the limits, kept ready to be run again: other guests of a machine take from its memory's rate and give it
+    back within seconds, so a share of a limit is one of the limit measured beside it.
 
-    torch.set_num_threads(THREADS)
-    size = max(64 * MIB, working_set)
-    whole = torch.ones(size // 8, dtype=torch.int64)
-    halves = whole.view(torch.float32)
-    # Which of them reaches the memory's rate depends on the machine.
-    readers: list[Callable[[], Any]] = [whole.max, whole.sum, halves.sum, halves.max]
-    bandwidth = size / min(best(reader) for reader in readers)
-    peak = 0.0
-    for m, k, n in ((2048, 2048, 2048), (1024, 768, 2304), (512, 2304, 768)):
-        a, b = torch.randn(m, k).to(getattr(torch, dtype)), torch.randn(n, k).to(getattr(torch, dtype))
-        peak = max(peak, 2 * m * k * n / best(lambda a=a, b=b: torch.nn.functional.linear(a, b)))
-    return Limits(bandwidth, peak)
+    `working_set`: bytes that are read over and over, as many as the model's weights; what fits in a cache would be read from
+    there.
+    """
+
+    def __init__(self, dtype: str, working_set: int) -> None:
+        import torch
+
+        torch.set_num_threads(THREADS)
+        self.size = max(64 * MIB, working_set)
+        whole = torch.ones(self.size // 8, dtype=torch.int64)
+        halves = whole.view(torch.float32)
+        # Which of them reaches the memory's rate depends on the machine.
+        self.readers: list[Callable[[], Any]] = [whole.max, whole.sum, halves.sum, halves.max]
+        self.products: list[tuple[int, Callable[[], Any]]] = []
+        for m, k, n in ((2048, 2048, 2048), (1024, 768, 2304), (512, 2304, 768)):
+            a, b = torch.randn(m, k).to(getattr(torch, dtype)), torch.randn(n, k).to(getattr(torch, dtype))
+            self.products.append((2 * m * k * n, lambda a=a, b=b: torch.nn.functional.linear(a, b)))
+
+    def look(self, seconds: float = 0.4) -> Limits:
+        """The best of all, each for so long."""
+        bandwidth = self.size / min(best(reader, seconds) for reader in self.readers)
+        peak = max(flop / best(product, seconds) for flop, product in self.products)
+        return Limits(bandwidth, peak)
+
+
+def measure(dtype: str, working_set: int) -> Limits:
+    return Meter(dtype, working_set).look()
 
 
 def best(call: Callable[[], object], seconds: float = 0.4) -> float:

@@ -91,7 +91,7 @@ def burst(router: Router, work: Sequence[Request], times: Sequence[float]) -> Pl
             "slices": total("slices_total"),
             "cached": sum(cached for _, _, cached in told),
             "forecasts": [
-                [outcome["expected_us"] / 1e6, outcome["time_us"] / 1e6, outcome["steps"]]
+                [outcome["expected_us"] / 1e6, outcome["time_us"] / 1e6, outcome["end"] != "cut"]
                 for batch in router.admin("/batches")["batches"]
                 if (outcome := batch["outcome"]) and outcome["steps"]
             ],

@@ -32,7 +32,7 @@ class Effort(NamedTuple):
 
 
 # A worker starts with it: enough for the first plans, which the router corrects by what it sees.
-START = Effort(0.5, 3, (1, 4, 16), (16, 64, 256), 512)
+START = Effort(1.5, 7, (1, 4, 16), (16, 64, 256), 512)
 COMMAND = Effort(12.0, 15, (1, 4, 16, 64), (16, 64, 256, 1024, 4096), 1 << 14)
 
 # The router corrects a measured model by a factor of two at most: a fit that misses what it was made from by more is none.
