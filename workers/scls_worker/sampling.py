@@ -58,7 +58,7 @@ def draw_plainly(logits: Tensor, seeds: Tensor, places: Tensor, heat: Tensor) ->
     `seeds` are hashed once, as `row_key` does.
     """
     logits = logits.float()
-    scores = (logits - logits.amax(-1, keepdim=True)) / torch.where(heat > 0, heat, 1.0)
+    scores = (logits - logits.amax(-1, keepdim=True)) / (heat + (heat == 0))
     warm = scores - _race(_splitmix64(seeds + places), logits.shape[-1]).log()
     return torch.where(heat > 0, warm, logits).argmax(-1)
 
