@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 
-.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers bench-engine bench-engine-vllm engine-smoke proto clean soak record-runs figures figures-smoke ablation build readme-figures setup rust-test py-test
+.PHONY: demo help up test test-versions lint bench bench-core bench-modes bench-peers bench-engine bench-engine-vllm gpu engine-smoke proto clean soak record-runs figures figures-smoke ablation build readme-figures setup rust-test py-test
 
 demo: ## two CPU workers, a router, recorded dialogues
 	@tools/setup.sh run
@@ -115,9 +115,13 @@ bench-engine-vllm: ## vLLM for bench-engine, into VLLM (5 GB of disk)
 	@tools/setup.sh run
 	@bench/engine/peers/install_vllm.sh $(VLLM)
 
-engine-smoke: ## a short run of bench-engine on a tiny model, nothing written
+gpu: ## the worker's CUDA path against the GPU's memory, on a CUDA machine (PY=python3: any Python with torch, transformers and both wheels)
+	@$(PY) bench/gpu.py --json bench/results/gpu.json $(ARGS)
+
+engine-smoke: ## a short run of bench-engine on a tiny model, and of what `make gpu` runs; nothing written
 	@echo "==> engines, in short"
 	@$(PY) bench/engine/run.py --smoke >.engine.log 2>&1 || { cat .engine.log >&2; exit 1; }; rm -f .engine.log
+	@$(PY) bench/gpu.py --smoke >.gpu.log 2>&1 || { cat .gpu.log >&2; exit 1; }; rm -f .gpu.log
 
 record-runs: ## real fleets on this machine, recorded for `simulate --validate` (6 minutes; leave the machine alone)
 	@tools/setup.sh test

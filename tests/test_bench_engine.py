@@ -66,3 +66,15 @@ def test_prefills_take_their_products_and_can_hide_behind_reading() -> None:
     prefill, step, read = 3 * 40 + 6 * 8 + 200, 40 + 4 * 8 + 200, 240 + 4 * 8
     assert bound.seconds == prefill + max(step, read)
     assert bound.overlapped == prefill + step
+
+
+def test_a_part_that_is_measured_again_leaves_the_others() -> None:
+    from run import beside
+
+    old = {"steps": [1], "levels": [2], "goals": [{"goal": "a", "value": 1}, {"goal": "b", "value": 2}], "when": "then"}
+    new = {"levels": [3], "goals": [{"goal": "b", "value": 4}]}
+    assert beside(old, new) == {
+        "steps": [1],
+        "levels": [3],
+        "goals": [{"goal": "a", "value": 1}, {"goal": "b", "value": 4}],
+    }

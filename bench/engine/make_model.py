@@ -35,6 +35,32 @@ DENSE_107M: dict[str, Any] = {
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-107m": ("llama", DENSE_107M),
     "qwen3-107m": ("qwen3", DENSE_107M),
+    # Of `make gpu`, which makes them on the GPU.
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+    ),
+    "llama-8b": (
+        "llama",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+        },
+    ),
     # For checks of the scripts themselves: it says nothing of speed.
     "llama-tiny": (
         "llama",
@@ -62,7 +88,7 @@ def make(shape: str, dtype: str) -> Path:
     torch.manual_seed(SEED)
     family, sizes = SHAPES[shape]
     auto: Any = AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.for_model(family, **COMMON, **sizes)).to(getattr(torch, dtype))
+    model = auto.from_config(AutoConfig.for_model(family, **{**COMMON, **sizes})).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     # Last: a folder that was left half made has none.
     (folder / "tokenizer.json").write_text(TOKENIZER)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,10 @@ class Shape:
 
     @classmethod
     def of(cls, folder: Path, dtype: str) -> Shape:
-        config = json.loads((folder / "config.json").read_text())
+        return cls.of_config(json.loads((folder / "config.json").read_text()), dtype)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], dtype: str) -> Shape:
         h, f = config["hidden_size"], config["intermediate_size"]
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         width = config.get("head_dim") or h // heads

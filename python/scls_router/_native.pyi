@@ -831,7 +831,7 @@ class Scheduler:
         """
 
     def steps(self, worker: str, batch: int, rows: Sequence[RowTokens], *, now: float) -> list[Action]:
-        """What an iteration of a worker drew.
+        """What an iteration of a worker drew, or some that followed one another: then rows have several ids.
 
         Args:
             worker: who.

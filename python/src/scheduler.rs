@@ -350,7 +350,7 @@ impl Scheduler {
         actions(py, self.with(py, |state| state.handle(now, Event::Cancelled { request, choice })))
     }
 
-    /// What an iteration of a worker drew.
+    /// What an iteration of a worker drew, or some that followed one another: then rows have several ids.
     ///
     /// Args:
     ///     worker: who.

@@ -90,7 +90,7 @@ pub enum WorkerMessage {
         /// Now cached.
         stored: Vec<BlockHash>,
     },
-    /// What one iteration drew.
+    /// What one iteration drew, or some that followed one another: then rows have several ids.
     Steps {
         /// The batch.
         batch: PlanNo,

@@ -149,6 +149,12 @@ fn the_last_step_is_not_cut() {
     let mut pool = pool_of(Some(1), spec());
     pool.arrive(1);
     assert!(!cut(&pool.arrive(2)), "a slice of one iteration ends by itself");
+    for (told, cuts) in [(6, true), (7, false)] {
+        let mut pool = pool_of(Some(8), spec());
+        asks(&mut pool, arrival(1, 20, 400));
+        draws(&mut pool, 1, 1, 0, told, None);
+        assert_eq!(cut(&asks(&mut pool, arrival(2, 20, 400))), cuts, "a burst of {told} leaves {}", 8 - told);
+    }
 }
 
 #[test]

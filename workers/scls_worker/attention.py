@@ -2,7 +2,7 @@
 
 A pass is made once an iteration and says where each token's KV goes and which KV it sees; the layers only gather. `Pass`
 is that of blocks, `rectangle.Rectangle` of a padded batch: plain SDPA, the same on every device. `native.NativePass` is
-the fast one of blocks on a CPU. Knows blocks as numbers, no rows, no model.
+the fast one of blocks on a CPU, `varlen.VarlenPass` on CUDA. Knows blocks as numbers, no rows, no model.
 """
 
 import itertools
@@ -236,6 +236,37 @@ class Pass:
             o = weigh(q, k, v, mask, scaling, softcap)
             out[first:last] = o[0].transpose(0, 1)
         return out[None]
+
+
+class OnesPass(Pass):
+    """One token a row, made on the device of what lies there: a step that is captured once and runs for any rows. It reads
+    whole tables, whose width should be near what the longest row needs.
+    """
+
+    def __init__(
+        self, positions: Tensor, tables: Tensor, block_size: int, pools: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:  # [N], [N, W]
+        self.pools, self.block_size, self.device = pools, block_size, positions.device
+        self.positions, self.block_table = positions, tables
+        self.written = slots_of(positions, tables, block_size)
+        self.longest = tables.shape[1] * block_size
+        self._sights = {}
+
+    def _look(self, window: int | None) -> Sight:
+        size = self.block_size
+        at = torch.arange(self.longest, device=self.device)
+        last = self.positions[:, None]
+        slots = (self.block_table.long()[:, :, None] * size + torch.arange(size, device=self.device)).flatten(1)
+        mask = at <= last
+        if window is not None:
+            mask &= at > last - window
+        # As in `Pass`: what a row does not see it reads from its own last slot.
+        return Sight(Ones(torch.where(mask, slots, self.written[:, None]), mask[:, None, None, :]), [])
+
+
+def slots_of(positions: Tensor, tables: Tensor, block_size: int) -> Tensor:  # [N], [N, W] -> [N]
+    blocks = tables.gather(1, (positions // block_size)[:, None])[:, 0]
+    return blocks.long() * block_size + positions % block_size
 
 
 def to(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -77,7 +77,7 @@ class Engine:
         self.iterations = 0
         self.interrupt = Interrupt()
         self.burst: Burst | None = getattr(runner, "burst", None)
-        self.step_us = TOLD_US  # of the last decode iteration
+        self.step_us, self.step_rows = TOLD_US, 1  # of the last decode iteration
         self.batch_ended_us: int | None = None
         self.device_idle_since_us: int | None = None
 
@@ -120,16 +120,18 @@ class Engine:
             batch.prefill_us += took_us
         else:
             batch.decode_us += took_us
-            self.step_us = took_us // count
+            self.step_us, self.step_rows = took_us // count, len(chunks)
         self._send_step(batch, told)
         self._end_if_due()
 
     def _most(self, batch: Batch) -> int:
         """Iterations that may pass before anybody is told: no row can reach its limit before the last of them."""
-        if self.burst is None or 2 * self.step_us > TOLD_US:
+        # More rows than last time take longer, by as much at most.
+        step_us = self.step_us * max(1.0, len(batch.live) / self.step_rows)
+        if self.burst is None or 2 * step_us > TOLD_US:
             return 1
         left = batch.steps if batch.cut_at is None else min(batch.steps, batch.cut_at)
-        most = min(left - batch.iterations, TOLD_US // max(1, self.step_us))
+        most = min(left - batch.iterations, int(TOLD_US / max(1, step_us)))
         if most < 2 or not all(row.plain for row in batch.live):
             return 1
         return min(most, min(row.max_tokens - row.output_len for row in batch.live))

@@ -21,22 +21,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from . import __version__, native
-from .attention import Pass, Span, attend, new_runner, passes
+from . import __version__, memory, native, varlen
+from .attention import Attention, OnesPass, Pass, Span, attend, new_runner, passes
 from .config import first_line, kv_shape, longest_context, read_config
-from .engine import Interrupt
+from .engine import Burst, Interrupt
 from .errors import StartupError
 from .folder import eos_token_ids
 from .forward import Forward, Unreadable
+from .graphs import SPARE, Graphs
 from .info import digest, model_files, tokenizer_files, worker_info
-from .options import CONTEXTS_A_POOL, Served
+from .options import Served
 from .rectangle import Rectangle
 from .rows import Chunk, Drawn, Row, RowKey
 from .sampling import Want, draw_tokens
+from .varlen import VarlenPass
 
 log = logging.getLogger(__name__)
 
-Here = Pass | Rectangle | native.NativePass
+Packed = Pass | VarlenPass | native.NativePass
+Here = Packed | Rectangle
 
 AttentionInterface.register("scls", attend)
 AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
@@ -47,13 +50,12 @@ AttentionMaskInterface.register("scls", lambda *args, **kwargs: None)
 # weights for every token that chose it.)
 EXPERTS = "grouped_mm"
 
+# A worker's first seconds are its calibration's, which a compiler beside it would slow down.
+COMPILED_AFTER_S = 10.0
+
 # How far logits of the C kernel may be from the family's own, over their standard deviation. A norm or a weight in the wrong
 # place is off by one; bfloat16 rounds after every operation there, and only where a product begins here.
 MOST_OFF = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-
-CPU_POOL_BYTES = 1 << 30
-# Of a GPU's free memory after load. The rest is for activations, logits and gathered KV.
-CUDA_POOL_SHARE = 0.6
 
 
 class ModelRunner:
@@ -64,17 +66,39 @@ class ModelRunner:
         self.block_size, self.padded = block_size, padded
         self.device = model.device
         config = model.config.get_text_config()
-        shape = (blocks * block_size, *kv_shape(config))  # [slots, Hkv, D]
-        refused = "padded layout" if padded else native.refusal(self.device, model.dtype, block_size, shape[-1])
+        cuda = self.device.type == "cuda"
+        captures = cuda and not (padded or eager)
+        shape = ((blocks + (SPARE if captures else 0)) * block_size, *kv_shape(config))  # [slots, Hkv, D]
+        if padded:
+            refused: str | None = "padded layout"
+        elif cuda:
+            refused = self._varlen_refusal(config, max_context)
+        else:
+            refused = native.refusal(self.device, model.dtype, block_size, shape[-1])
         self.pools = [(self._pool(shape), self._pool(shape)) for _ in range(config.num_hidden_layers)]
-        self.native = native.Native(self.pools, block_size) if refused is None else None
+        self.native = native.Native(self.pools, block_size) if refused is None and not cuda else None
+        self.varlen = refused is None and cuda
         self.number = new_runner()
-        log.info("attention: %s", self.native.name if self.native else f"sdpa ({refused})")
+        name = self.native.name if self.native else "varlen"
+        log.info("attention: %s", f"sdpa ({refused})" if refused else name)
         self.forward: Forward | None = None
         if self.native and not eager:
             self.forward = self._read_forward(max_context or longest_context(config, None))
+        self.graphs = Graphs(model, self.number, self._lay_ones, spare=blocks) if captures else None
+        self.burst: Burst | None = None
+        if self.graphs:
+            self.burst = self.graphs.burst
         # Where logits are bent before the draw, the draw waits for that.
-        self.burst = self._burst if self.forward and not self.forward.cap else None
+        elif self.forward and not self.forward.cap:
+            self.burst = self._burst
+
+    def _varlen_refusal(self, config: Any, max_context: int) -> str | None:
+        heads = (config.num_attention_heads, *kv_shape(config))
+        window = getattr(config, "sliding_window", None)
+        if window and window >= (max_context or longest_context(config, None)):  # it cuts nothing
+            window = None
+        capped = bool(getattr(config, "attn_logit_softcapping", None))
+        return varlen.refusal(self.device, self.model.dtype, self.block_size, heads, window, capped)
 
     @torch.inference_mode()
     def _read_forward(self, max_context: int) -> Forward | None:
@@ -99,6 +123,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[Drawn]:
+        if self.graphs and all(chunk.size == 1 and chunk.draws and chunk.row.plain for chunk in chunks):
+            return [Drawn(token) for token in self.graphs.burst(chunks, 1)[0]]
         here, ids = self._lay(chunks)
         drawing = [i for i, at in enumerate(here.order) if chunks[at].draws]
         logits = self._logits(ids, here, drawing)  # [N, V]
@@ -142,10 +168,15 @@ class ModelRunner:
         packed = self.lay(spans)
         return packed, np.concatenate([ids[i] for i in packed.order])
 
-    def lay(self, spans: Sequence[Span]) -> Pass | native.NativePass:
+    def lay(self, spans: Sequence[Span]) -> Packed:
         if self.native:
             return self.native.lay(spans)
-        return Pass(spans, self.block_size, self.pools, self.device)
+        made = VarlenPass.of_spans if self.varlen else Pass
+        return made(spans, self.block_size, self.pools, self.device)
+
+    def _lay_ones(self, positions: Tensor, tables: Tensor) -> Attention:  # [N], [N, W]
+        made = VarlenPass.of_ones if self.varlen else OnesPass
+        return made(positions, tables, self.block_size, self.pools)
 
     def _logits(self, ids: NDArray[np.uint32], here: Here, drawing: Sequence[int]) -> Tensor:
         """Of the last tokens of the spans `drawing`."""
@@ -183,7 +214,11 @@ def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Ser
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load(folder, device, dtype)
-    blocks = options.blocks or default_blocks(config, device, model.dtype, options.block_size, max_context)
+
+    def probe(blocks: int) -> ModelRunner:
+        return ModelRunner(model, blocks, options.block_size, eager=True, max_context=max_context)
+
+    blocks = options.blocks or memory.default_blocks(model, options, max_context, probe)
     tokenizer = tokenizer_files(folder)
     info = worker_info(
         worker_id=options.worker_id,
@@ -210,6 +245,10 @@ def build_model(options: argparse.Namespace, config_json: dict[str, Any]) -> Ser
     if runner.forward:
         runner.forward.take_over()
     try_out(runner)
+    if runner.graphs and options.calibrate:
+        runner.graphs.compile_behind().join()  # what is written down is of what will run
+    elif runner.graphs:
+        runner.graphs.compile_behind(COMPILED_AFTER_S)
     return Served(runner, info, tokenizer)
 
 
@@ -258,14 +297,3 @@ def pick_device(wanted: str) -> str:
     if wanted == "cuda" and not available:
         raise StartupError("no CUDA device")
     return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
-
-
-def default_blocks(config: Any, device: str, dtype: torch.dtype, block_size: int, max_context: int) -> int:
-    heads, width = kv_shape(config)
-    token_bytes = 2 * int(config.num_hidden_layers) * heads * width * dtype.itemsize
-    block_bytes = block_size * token_bytes
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return max(1, int(free * CUDA_POOL_SHARE) // block_bytes)
-    wanted = -(-CONTEXTS_A_POOL * max_context // block_size)
-    return max(1, min(wanted, CPU_POOL_BYTES // block_bytes))

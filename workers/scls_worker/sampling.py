@@ -53,6 +53,21 @@ def draw_tokens(logits: Tensor, wants: Sequence[Want]) -> list[Drawn]:  # [N, V]
     return [Drawn(*drawn) for drawn in zip(tokens.tolist(), logprobs.told(tokens), strict=True)]
 
 
+def draw_plainly(logits: Tensor, seeds: Tensor, places: Tensor, heat: Tensor) -> Tensor:  # [N, V], N, N, [N, 1] -> [N]
+    """What `draw_tokens` draws for rows with a temperature (0: greedy) and nothing else, of numbers that lie on the device.
+    `seeds` are hashed once, as `row_key` does.
+    """
+    logits = logits.float()
+    scores = (logits - logits.amax(-1, keepdim=True)) / (heat + (heat == 0))
+    warm = scores - _race(_splitmix64(seeds + places), logits.shape[-1]).log()
+    return torch.where(heat > 0, warm, logits).argmax(-1)
+
+
+def seed_key(seed: int) -> int:
+    """The half of `row_key` that is the same for all of a row's tokens, as an int64."""
+    return _signed(splitmix64(seed))
+
+
 # ---------------------------------------------------------------- single ids of single rows
 
 

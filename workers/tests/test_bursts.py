@@ -109,6 +109,18 @@ def test_a_slow_step_is_told_alone() -> None:
     assert router.engine._most(router.engine.batch) == 2
 
 
+def test_more_rows_are_expected_to_take_longer() -> None:
+    router = Router(Bursting())
+    router.plan(1, steps=30, add=[start(at, 5, 60) for at in range(4)])
+    router.step(2)
+    router.engine.step_us = TOLD_US // 6
+    assert router.engine._most(router.engine.batch) == 6
+    router.engine.step_rows = 2
+    assert router.engine._most(router.engine.batch) == 3
+    router.engine.step_rows = 1
+    assert router.engine._most(router.engine.batch) == 1
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

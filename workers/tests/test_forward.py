@@ -132,7 +132,12 @@ def test_an_inner_width_that_does_not_fit_is_left_to_transformers(tmp_path: Path
 
 @pytest.mark.parametrize("level", LEVELS[:3])
 @pytest.mark.parametrize(
-    "changes", [{"vocab_size": 197}, {"hidden_size": 70, "num_attention_heads": 2, "head_dim": 16}, {"attention_bias": True, "mlp_bias": True}]
+    "changes",
+    [
+        {"vocab_size": 197},
+        {"hidden_size": 70, "num_attention_heads": 2, "head_dim": 16},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
 )
 def test_odd_shapes_and_biases(tmp_path: Path, changes: dict[str, Any], level: str) -> None:
     """Where vectors and panels do not come out even."""

@@ -93,7 +93,9 @@ impl Scheduler {
             }
             WorkerMessage::Steps { batch, rows } => {
                 if let Some(running) = worker.running.as_mut().filter(|running| running.batch.no == batch) {
-                    running.seen += 1;
+                    // a burst tells of several at once
+                    let told = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0).max(1);
+                    running.seen = running.seen.saturating_add(told as u32);
                 }
                 for row in rows {
                     self.drew(id, row, actions);
