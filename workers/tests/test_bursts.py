@@ -111,7 +111,7 @@ def test_a_slow_step_is_told_alone() -> None:
 
 def test_more_rows_are_expected_to_take_longer() -> None:
     router = Router(Bursting())
-    router.plan(1, steps=30, add=[start(at, 5, 60) for at in range(4)])
+    router.plan(1, steps=30, add=[start(at, 4, 60) for at in range(4)])
     router.step(2)
     router.engine.step_us = TOLD_US // 6
     assert router.engine._most(router.engine.batch) == 6
