@@ -136,7 +136,7 @@ def test_what_a_burst_took_ahead_and_did_not_come_to_goes_back() -> None:
 
 def test_no_row_loses_its_kv_for_steps_that_may_never_come() -> None:
     runner = Bursting()
-    router = Router(runner, blocks=20)
+    router = Router(runner, blocks=16)
     router.plan(1, steps=3, add=[start(1, 39, 60)])
     router.run()
     assert router.pool.held == 10
