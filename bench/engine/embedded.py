@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from turns import THREADS, Play, Played, answer, check
+from turns import THREADS, WHOLE, Play, Played, answer, check
 from workload import Request, refreshed
 
 NAME = "w"
@@ -185,7 +185,7 @@ class Driver:
                 "starts_s": self.starts,
                 "cached": self.cached,
                 "forecasts": [
-                    [record.outcome.expected, record.outcome.time, record.outcome.end != "cut"]
+                    [record.outcome.expected, record.outcome.time, record.outcome.end in WHOLE]
                     for record in self.scheduler.batches()
                     if record.outcome and record.outcome.steps
                 ],
@@ -194,9 +194,8 @@ class Driver:
 
     def ring(self, times: Sequence[float]) -> None:
         for at in times:
-            if (rest := at - self.now()) > 0:
-                time.sleep(rest)
-                self.engine.interrupt.set()
+            time.sleep(max(0.0, at - self.now()))
+            self.engine.interrupt.set()
 
     # ---------------------------------------------------------------- engine to scheduler
 

@@ -8,6 +8,7 @@ slower one, and on a busy machine for its next time slice.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -81,6 +82,12 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"no such part: {unknown[0]}\nparts: {', '.join(PARTS)}")
+    known: dict[str, Any] = {name: getattr(args, name) for name in ("shape", "dtype", "threads", "rounds")}
+    old = None
+    if args.parts and args.json and args.json.exists():
+        old = json.loads(args.json.read_text())
+        if any(old[name] != value for name, value in known.items()):
+            sys.exit(f"{args.json} is of another run: {', '.join(f'{name} {old[name]}' for name in known)}")
     began = time.monotonic()
     if args.smoke:
         contest = Contest(make("llama-tiny", "bfloat16"), count=6, rounds=1, threads=1, batches=(3,), usual=3)
@@ -109,9 +116,10 @@ def main() -> None:
         return
     print_goals(made["goals"])
     if args.json:
-        if args.parts and args.json.exists():
-            made = beside(json.loads(args.json.read_text()), made)
-        known = {"shape": args.shape, "dtype": args.dtype, "threads": args.threads, "rounds": args.rounds}
+        if old:
+            made = beside(old, made)
+        today = datetime.date.today().isoformat()
+        known["measured"] = {**(old or {}).get("measured", {}), **dict.fromkeys(parts, today)}
         whole = report("engine", "make bench-engine", time.monotonic() - began, **known, **made)
         whole["machine"]["features"] = features()
         write(args.json, whole)

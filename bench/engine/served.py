@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from embedded import arrivals
 from harness import Process, Router
-from turns import THREADS, TURN_S, Play, Played, answer, check
+from turns import THREADS, TURN_S, WHOLE, Play, Played, answer, check
 from workload import Request, refreshed
 
 NAME = "bench"
@@ -91,7 +91,7 @@ def burst(router: Router, work: Sequence[Request], times: Sequence[float]) -> Pl
             "slices": total("slices_total"),
             "cached": sum(cached for _, _, cached in told),
             "forecasts": [
-                [outcome["expected_us"] / 1e6, outcome["time_us"] / 1e6, outcome["end"] != "cut"]
+                [outcome["expected_us"] / 1e6, outcome["time_us"] / 1e6, outcome["end"] in WHOLE]
                 for batch in router.admin("/batches")["batches"]
                 if (outcome := batch["outcome"]) and outcome["steps"]
             ],

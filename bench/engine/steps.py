@@ -21,7 +21,7 @@ ROWS = (1, 8, 32, 64)
 CONTEXT = 256
 ROUNDS = 30
 # Of a look at a limit; seven of them a round.
-LOOK_S = 0.02
+LOOK_S = 0.1
 
 
 def steps(folder: Path, dtype: str, flags: Sequence[str]) -> list[dict[str, Any]]:

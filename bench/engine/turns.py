@@ -30,6 +30,8 @@ START_S = 600.0
 LEAVE_S = 30.0
 # Compute threads of this process, as `Engine` sets them.
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+# How a slice ends that was not cut short.
+WHOLE = ("steps", "all_done")
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "target/bench-logs"
 

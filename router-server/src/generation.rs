@@ -313,8 +313,9 @@ impl Generation {
         let now = Instant::now();
         let last = self.choices.get_mut(number as usize).and_then(|choice| choice.last_token.replace(now));
         if let Some(last) = last {
+            // each token is one: a mean of them is one of tokens, however many come at once
             let gap = (now - last) / u32::try_from(tokens.max(1)).unwrap_or(u32::MAX);
-            self.metrics.next_token(gap);
+            (0..tokens.max(1)).for_each(|_| self.metrics.next_token(gap));
         } else if self.end.ttft.is_none() {
             let ttft = now - self.arrived;
             self.end.ttft = Some(ttft);

@@ -108,7 +108,7 @@ class Bench:
         many in one go as the engine makes of such.
         """
         engine, pool = self.engine, self.engine.pool
-        engine.step_us, engine.step_rows = max(self.steps_us.get(point, TOLD_US), TOLD_US // DRAWS), max(1, point.rows)
+        engine.step_us = max(self.steps_us.get(point, TOLD_US), TOLD_US // DRAWS)
         if self.padded:
             rows = [self._row(i, point.tokens, 0 if point.chunk else None) for i in range(point.rows)]
         else:

@@ -76,8 +76,10 @@ class Engine:
         self.standing: Plan | None = None
         self.iterations = 0
         self.interrupt = Interrupt()
-        self.burst: Burst | None = getattr(runner, "burst", None)
-        self.step_us, self.step_rows = TOLD_US, 1  # of the last decode iteration
+        # A padded batch computes rows that have ended, too.
+        paged = info.cost_shape != common.COST_SHAPE_PADDED
+        self.burst: Burst | None = getattr(runner, "burst", None) if paged else None
+        self.step_us = TOLD_US  # of the batch's last decode iteration; before its first nobody knows
         self.batch_ended_us: int | None = None
         self.device_idle_since_us: int | None = None
 
@@ -103,6 +105,8 @@ class Engine:
             batch.peak_blocks = max(batch.peak_blocks, self.pool.running)
             if self.burst and most > 1:
                 passes = self.burst(chunks, most, self.interrupt)
+                if len(passes) > most:
+                    raise RuntimeError("the runner made more passes than asked")
                 told = self._follow(batch, chunks, passes)
                 count = len(passes)
             else:
@@ -120,21 +124,19 @@ class Engine:
             batch.prefill_us += took_us
         else:
             batch.decode_us += took_us
-            self.step_us, self.step_rows = took_us // count, len(chunks)
+            self.step_us = took_us // count
         self._send_step(batch, told)
         self._end_if_due()
 
     def _most(self, batch: Batch) -> int:
         """Iterations that may pass before anybody is told: no row can reach its limit before the last of them."""
-        # More rows than last time take longer, by as much at most.
-        step_us = self.step_us * max(1.0, len(batch.live) / self.step_rows)
-        if self.burst is None or 2 * step_us > TOLD_US:
+        if self.burst is None or 2 * self.step_us > TOLD_US:
             return 1
         left = batch.steps if batch.cut_at is None else min(batch.steps, batch.cut_at)
-        most = min(left - batch.iterations, int(TOLD_US / max(1, step_us)))
+        most = min(left - batch.iterations, TOLD_US // max(1, self.step_us))
         if most < 2 or not all(row.plain for row in batch.live):
             return 1
-        return min(most, min(row.max_tokens - row.output_len for row in batch.live))
+        return self.layout.ahead(batch, min(most, min(row.max_tokens - row.output_len for row in batch.live)))
 
     def _advance(self, batch: Batch, chunks: Sequence[Chunk], drawn: Sequence[Drawn]) -> list[pb.RowTokens]:
         """Writes down what the pass computed and drew; rows that ended leave."""
@@ -202,7 +204,9 @@ class Engine:
         """The pass failed: its rows end, and nothing it should have computed keeps a name."""
         ended, batch.live = batch.live, []
         for row in ended:
-            self._finish(row, common.FINISH_REASON_ERROR)
+            if not row.finish:
+                self._finish(row, common.FINISH_REASON_ERROR)
+            row.finish = common.FINISH_REASON_ERROR  # what it drew nobody was told
         self.layout.forget()
         batch.iterations += 1
         self.device_idle_since_us = self.clock()
@@ -266,6 +270,7 @@ class Engine:
             if key in self.rows:
                 self.rows[key].hold_rank = rank
         waiting_since_us = max(plan.arrived_us, self.batch_ended_us or 0)
+        self.step_us = TOLD_US
         self.batch = Batch(plan.number, rows, plan.steps, list(rows), queue_us=self.clock() - waiting_since_us)
 
     # ---------------------------------------------------------------- what the router says

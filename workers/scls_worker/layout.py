@@ -23,6 +23,9 @@ class Layout(Protocol):
         `known` are all rows the worker knows.
         """
 
+    def ahead(self, batch: Batch, most: int) -> int:
+        """Iterations in one go, at most `most`, for which no row that waits has to lose its KV."""
+
     def forget(self) -> None:
         """What the last iteration should have computed it did not."""
 
@@ -66,6 +69,14 @@ class Paged:
             chunks.append(Chunk(row, row.computed, size, draws=size == row.uncomputed))
         return chunks
 
+    def ahead(self, batch: Batch, most: int) -> int:
+        room = self.pool.free + self.pool.cached
+        while most > 1 and room < sum(
+            max(0, self.pool.blocks_for(row.computed + most) - len(row.blocks)) for row in batch.live
+        ):
+            most //= 2
+        return most
+
     def _make_room(self, blocks: int, known: Iterable[Row]) -> None:
         """Held rows lose their KV when its blocks are wanted and not before, lowest rank first."""
         while blocks > self.pool.free + self.pool.cached:
@@ -76,7 +87,11 @@ class Paged:
         self.pool.forget(self.fresh)
 
     def end(self, rows: Iterable[Row]) -> None:
-        pass
+        """What was taken ahead and not come to goes back."""
+        for row in rows:
+            used = self.pool.blocks_for(row.computed)
+            self.pool.release(row.blocks[used:], row.use)
+            del row.blocks[used:]
 
 
 class Padded:
@@ -107,6 +122,9 @@ class Padded:
             Chunk(row, row.known - 2, 1, draws=False) if row.finish else Chunk(row, row.computed, 1, draws=True)
             for row in batch.rectangle
         ]
+
+    def ahead(self, batch: Batch, most: int) -> int:
+        return 1
 
     def forget(self) -> None:
         pass

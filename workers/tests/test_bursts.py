@@ -109,16 +109,54 @@ def test_a_slow_step_is_told_alone() -> None:
     assert router.engine._most(router.engine.batch) == 2
 
 
-def test_more_rows_are_expected_to_take_longer() -> None:
-    router = Router(Bursting())
-    router.plan(1, steps=30, add=[start(at, 4, 60) for at in range(4)])
-    router.step(2)
-    router.engine.step_us = TOLD_US // 6
-    assert router.engine._most(router.engine.batch) == 6
-    router.engine.step_rows = 2
-    assert router.engine._most(router.engine.batch) == 3
-    router.engine.step_rows = 1
-    assert router.engine._most(router.engine.batch) == 1
+def test_a_batch_s_first_step_is_alone_however_fast_the_last_batch_was() -> None:
+    runner = Bursting()
+    router = Router(runner, max_rows=64)
+    router.plan(1, steps=30, add=[start(1, 5, 60)])
+    router.run()
+    before = len(runner.bursts)
+    router.plan(2, 1, steps=2, add=[start(2, 4, 60)])
+    router.run()
+    assert runner.bursts[before:] == []  # its prompt, and one step
+
+
+def test_what_a_burst_took_ahead_and_did_not_come_to_goes_back() -> None:
+    """And so a plan fits that fits behind single iterations."""
+    runner = Bursting([3])
+    router = Router(runner, blocks=24)
+    router.plan(1, steps=60, add=[start(1, 5, 59)])
+    router.step(3)
+    assert router.pool.running > 3
+    router.say(cut=pb.Cut(batch=1))
+    router.run()
+    assert router.pool.held == -(-9 // 4)
+    router.plan(2, 1, steps=1, keep=pb.Plan.KEEP_LIST, keep_rows=[], add=[start(2, 80, 1)])
+    assert not of(router.take(), "refused")
+
+
+def test_no_row_loses_its_kv_for_steps_that_may_never_come() -> None:
+    runner = Bursting()
+    router = Router(runner, blocks=16)
+    router.plan(1, steps=3, add=[start(1, 39, 60)])
+    router.run()
+    assert router.pool.held == 10
+    router.plan(2, 1, steps=30, keep=pb.Plan.KEEP_LIST, keep_rows=[], add=[start(2, 4, 40)])
+    router.step(3)
+    # What nobody held was room for some of them; the last were left to their own turn.
+    assert router.pool.held == 10 and 1 < runner.bursts[0] < 29
+    router.run()
+    assert len(router.outputs[2, 0]) == 30
+
+
+def test_more_passes_than_asked_for_fail_the_batch_and_not_the_engine() -> None:
+    class Long(Bursting):
+        def burst(self, chunks: Sequence[Chunk], most: int, interrupt: Interrupt) -> list[list[int]]:
+            return [[5] * len(chunks)] * (most + 1)
+
+    router = Router(Long())
+    router.plan(1, steps=10, add=[start(1, 5, 20)])
+    (report,) = of(router.run(), "slice_report")
+    assert report.end == pb.SliceReport.END_ERROR and "more passes" in report.error
 
 
 @pytest.mark.parametrize(
