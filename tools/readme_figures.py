@@ -184,15 +184,16 @@ def engine(report: dict) -> str:
     ]
     steps = ", ".join(f"{row['ms']:.1f} ms at {row['rows']} ({row['share']:.0%})" for row in report["steps"])
     levels = {(row["load"], row["mode"]): row for row in report["levels"]}
-    ours, ils = (levels["70 %, one process", mode] for mode in ("slice", "ils"))
+    ours, ils = (levels["70 %, served", mode] for mode in ("slice", "ils"))
+    host, ils_host = (levels["70 %, one process", mode]["host_us_per_token"] for mode in ("slice", "ils"))
     return "\n".join(
         [
             *lines,
             "",
             f"A decode step of so many rows that see 256 tokens, and its share of what the machine could do in the same round: {steps}.",
-            f"Slices beside single iterations on the same worker, arrivals at 70 % of its capacity: latency {ours['latency_mean_s']:.2f} s beside"
+            f"Slices beside single iterations on the same worker behind a router, arrivals at 70 % of its capacity: latency {ours['latency_mean_s']:.2f} s beside"
             f" {ils['latency_mean_s']:.2f} s, first token after {1e3 * ours['ttft_mean_s']:.0f} ms beside {1e3 * ils['ttft_mean_s']:.0f} ms,"
-            f" {ours['host_us_per_token']:.0f} us of host time a token beside {ils['host_us_per_token']:.0f} us.",
+            f" {host:.0f} us of host time a token beside {ils_host:.0f} us in one process.",
             "",
             circumstances(report),
         ]
