@@ -355,7 +355,7 @@ class Forward:
             stops_count=len(stops),
         )
         made = self.bursts(byref(self.decoder), byref(self.call), byref(draws.call), byref(burst))
-        del logits, ends
+        del logits, ends  # not before: the call wrote to them by their addresses
         passes: list[list[int]] = draws.drawn[:made].tolist()
         return passes
 
