@@ -31,7 +31,9 @@ MOST = 256
 LEAST_BLOCKS = 8  # of a table
 # Blocks behind the pool's that no row has: one that rows write to that are not there, one for trials.
 SPARE = 2
-# How far compiled logits may be from the family's own, over their standard deviation.
+# How far logits that are computed in another way (compiled, or by the C kernel) may be from the family's own, over their
+# standard deviation. A norm or a weight in the wrong place is off by one; bfloat16 rounds after every operation in one of
+# them, and where a product begins in the other.
 MOST_OFF = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
 

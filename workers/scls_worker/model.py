@@ -28,7 +28,7 @@ from .engine import Burst, Interrupt
 from .errors import StartupError
 from .folder import eos_token_ids
 from .forward import Forward, Unreadable
-from .graphs import SPARE, Graphs
+from .graphs import MOST_OFF, SPARE, Graphs
 from .info import digest, model_files, tokenizer_files, worker_info
 from .options import Served
 from .rectangle import Rectangle
@@ -52,10 +52,6 @@ EXPERTS = "grouped_mm"
 
 # A worker's first seconds are its calibration's, which a compiler beside it would slow down.
 COMPILED_AFTER_S = 10.0
-
-# How far logits of the C kernel may be from the family's own, over their standard deviation. A norm or a weight in the wrong
-# place is off by one; bfloat16 rounds after every operation there, and only where a product begins here.
-MOST_OFF = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
 class ModelRunner:
